@@ -1,0 +1,43 @@
+# The contract of the checks. `.ci/run` = a fresh environment, then test, lint and type. Everything here runs on a CPU.
+PYTHON ?= python
+SEEDS ?= 0 1 2
+RUNS ?= runs
+LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TRL_EXPERIMENTAL_SILENCE = 1
+
+.PHONY: format lint type test slow slow-tests slow-learning recipes results mutants seams-latest
+
+format:  ## rewrite the sources in the house style
+	ruff check --fix .
+	ruff format .
+
+lint:  ## fail where `make format` would change something
+	ruff check .
+	ruff format --check .
+
+type:
+	mypy rlhf_ext/functional
+
+test:  ## one case of each kind, offline, no GPU
+	pytest
+
+slow: slow-tests slow-learning  ## matrices and learning runs; each part takes at most 60 minutes
+
+slow-tests:
+	pytest -m slow -n 0
+
+slow-learning:  ## the quickstart learns on every seed
+	for seed in $(SEEDS); do rlhf-ext quickstart --seed $$seed --output_dir $(RUNS)/quickstart-$$seed || exit 1; done
+
+recipes:  ## each recipe, two steps, from its own YAML
+	pytest -n 0 tests/test_recipes.py
+
+results:  ## rewrite the tables of docs/ from benchmarks/results/*.json
+	$(PYTHON) benchmarks/results.py
+
+mutants:  ## break each formula on purpose: a test must notice
+	$(PYTHON) benchmarks/mutants.py
+
+seams-latest:  ## the newest TRL in an environment of its own: which seams broke?
+	sh benchmarks/seams_latest.sh

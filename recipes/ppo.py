@@ -1,0 +1,159 @@
+# /// script
+# dependencies = ["rlhf-ext"]
+# ///
+
+"""
+PPO against a reward model, a reward adapter on the policy's own base, Python functions, or several of these.
+
+Rows need a `prompt`; every further column reaches the reward functions. On a CPU, with tiny models of your own:
+
+```bash
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py --config recipes/ppo_tiny.yaml \
+    --model_name_or_path POLICY --reward_model_path REWARD_MODEL --dataset_name PROMPTS.jsonl --output_dir runs/ppo
+```
+
+With LoRA (`--use_peft true`) and a reward adapter of the same base, `--reward_adapter_path FOLDER` keeps policy, reference,
+reward and critic on one base. A Python reward is named by where it stands, as in `--reward_funcs my_rewards:brevity`, and has
+TRL's signature. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from rlhf_ext import PPOConfig, PPOTrainer
+from rlhf_ext.data.arguments import DataArguments, load_splits
+from rlhf_ext.data.loading import require_columns
+from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """
+    Data, and where the rewards come from.
+
+    Parameters:
+        reward_model_path (`str`, *optional*):
+            Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own.
+        reward_funcs (`list[str]`, *optional*):
+            Python rewards as `module:function`; the working directory is on the path.
+        reward_adapter_path (`str`, *optional*):
+            Folder of a reward adapter trained on the policy's base.
+        critic_model_path (`str`, *optional*):
+            Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
+        max_prompt_length (`int`, *optional*):
+            Drop prompts of more tokens than this. Without it a prompt that leaves no room for a completion is an error.
+    """
+
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Python rewards as `module:function`; the working directory is on the path."},
+    )
+    reward_adapter_path: str | None = field(
+        default=None, metadata={"help": "Folder of a reward adapter trained on the policy's base."}
+    )
+    critic_model_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Drop prompts of more tokens than this. Without it a prompt that leaves no room for a completion is "
+            "an error."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path):
+            raise ValueError(
+                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give at least "
+                "one of them."
+            )
+
+
+def import_function(name: str) -> Callable:
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`reward_funcs` names {name!r}: {error}. Write it as `module:function`.") from error
+
+
+def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
+    check_tokenizer(tokenizer)
+
+    # Data: load, validate, summarise
+    with training_args.main_process_first(desc="loading the data"):
+        train_dataset, eval_dataset = load_splits(
+            script_args, wants_eval=training_args.eval_strategy != "no", seed=training_args.data_seed or 0
+        )
+    splits = {"train": train_dataset} if eval_dataset is None else {"train": train_dataset, "eval": eval_dataset}
+    for name, rows in splits.items():
+        require_columns(rows, ["prompt"], what=f"the {name} rows")
+        splits[name], dropped = drop_long_prompts(rows, tokenizer, script_args.max_prompt_length)
+        if dropped and training_args.should_log:
+            print(f"{name}: dropped {dropped} prompts of more than {script_args.max_prompt_length} tokens", flush=True)
+    train_dataset, eval_dataset = splits["train"], splits.get("eval")
+    summaries = {"train": summarize_prompts(train_dataset, tokenizer, other=eval_dataset)}
+    if eval_dataset is not None:
+        summaries["eval"] = summarize_prompts(eval_dataset, tokenizer, other=train_dataset)
+    if training_args.should_save:
+        report_summaries(training_args.output_dir, **summaries)
+
+    # Build and train
+    rewards = [script_args.reward_model_path] if script_args.reward_model_path else []
+    rewards += [import_function(name) for name in script_args.reward_funcs or []]
+    trainer = PPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        critic_model=script_args.critic_model_path,
+        reward_adapter=script_args.reward_adapter_path,
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+
+    # Save, evaluate, card
+    trainer.save_model(training_args.output_dir)
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.create_model_card(Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, PPOConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,81 @@
+# /// script
+# dependencies = ["rlhf-ext"]
+# ///
+
+"""
+A reward model from preferences: pairs, ties, soft labels, best of K, rankings.
+
+Rows are TRL's `prompt`, `chosen`, `rejected`, or `prompt`, `completions` and one of `target`, `best`, `ranking`. On a CPU,
+with a tiny model of your own:
+
+```bash
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/reward.py --config recipes/reward_tiny.yaml \
+    --model_name_or_path MODEL --dataset_name ROWS.jsonl --output_dir runs/reward
+```
+
+With LoRA (`--use_peft true --lora_task_type SEQ_CLS`) the output is an adapter with its head, which `recipes/ppo.py` takes
+as `--reward_adapter_path`. Any flag of `PreferenceRewardConfig` and `trl.ModelConfig` goes on the line or into the YAML.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
+from rlhf_ext.data.arguments import DataArguments, load_splits
+from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.summary import report_summaries, summarize_preferences
+
+
+def main(script_args: DataArguments, training_args: PreferenceRewardConfig, model_args: ModelConfig) -> None:
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
+    check_tokenizer(tokenizer)
+
+    # Data: load and summarise; the trainer validates every row before its first step
+    with training_args.main_process_first(desc="loading the data"):
+        train_dataset, eval_dataset = load_splits(
+            script_args, wants_eval=training_args.eval_strategy != "no", seed=training_args.data_seed or 0
+        )
+    limit = training_args.max_length
+    summaries = {"train": summarize_preferences(train_dataset, tokenizer, other=eval_dataset, max_length=limit)}
+    if eval_dataset is not None:
+        summaries["eval"] = summarize_preferences(eval_dataset, tokenizer, other=train_dataset, max_length=limit)
+    if training_args.should_save:
+        report_summaries(training_args.output_dir, **summaries)
+
+    # Build and train
+    trainer = PreferenceRewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+
+    # Save, evaluate, card
+    trainer.save_model(training_args.output_dir)
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.create_model_card(Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((DataArguments, PreferenceRewardConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,1 @@
+"""Preference and prompt data: row schemas, validation, collators."""

@@ -1,0 +1,96 @@
+"""The flags by which every recipe names its data, and the splits they stand for."""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+
+from .loading import holdout_by_prompt, load_rows, require_columns
+
+
+@dataclass
+class DataArguments:
+    """
+    Which rows a recipe trains and evaluates on.
+
+    Parameters:
+        dataset_name (`str`):
+            Local `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, folder of such files or of `save_to_disk`, or a
+            Hub id (`owner/name` or `owner/name:config`).
+        dataset_config (`str`, *optional*):
+            Configuration of a Hub data set.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, read if `eval_strategy` is not `"no"` and `eval_fraction` is 0.
+        eval_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of the train split's prompts that is held out for evaluation, by a hash of the prompt.
+        dataset_source (`list[str]`, *optional*):
+            Keep only rows whose column `source` is one of these.
+        max_rows (`int`, *optional*):
+            Keep only the first rows of each split.
+    """
+
+    dataset_name: str = field(
+        default="",
+        metadata={
+            "help": "Local `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, folder of such files or of "
+            "`save_to_disk`, or a Hub id (`owner/name` or `owner/name:config`)."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test",
+        metadata={
+            "help": "Split to evaluate on, read if `eval_strategy` is not `'no'` and `eval_fraction` is 0."
+        },
+    )
+    eval_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the train split's prompts that is held out for evaluation, by a hash of the prompt."
+        },
+    )
+    dataset_source: list[str] | None = field(
+        default=None, metadata={"help": "Keep only rows whose column `source` is one of these."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Keep only the first rows of each split."})
+
+    def __post_init__(self):
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise ValueError(f"`eval_fraction` is {self.eval_fraction}; it is a share in [0, 1).")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"`max_rows` is {self.max_rows}; it is at least 1, or unset for all rows.")
+
+
+def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tuple[Dataset, Dataset | None]:
+    """
+    Load what `arguments` name.
+
+    Args:
+        arguments ([`DataArguments`]):
+            Flags of a recipe.
+        wants_eval (`bool`):
+            Whether the run evaluates (`eval_strategy` is not `"no"`); a held-out share is given either way.
+        seed (`int`):
+            Salt of the hash that holds prompts out: runs that shall share their held-out prompts share it.
+
+    Returns:
+        `tuple[Dataset, Dataset | None]`: train rows, and evaluation rows if there are any.
+    """
+    train = _select(arguments, arguments.dataset_train_split)
+    if arguments.eval_fraction:
+        return holdout_by_prompt(train, arguments.eval_fraction, seed)
+    return train, _select(arguments, arguments.dataset_test_split) if wants_eval else None
+
+
+def _select(arguments: DataArguments, split: str) -> Dataset:
+    rows = load_rows(arguments.dataset_name, split=split, config=arguments.dataset_config)
+    if arguments.dataset_source:
+        require_columns(rows, ["source"], what=f"the split {split!r}, which `dataset_source` filters")
+        found = sorted(set(rows["source"]))
+        wanted = set(arguments.dataset_source)
+        if unknown := sorted(wanted - set(found)):
+            raise ValueError(f"`dataset_source` names {unknown}, but the split {split!r} has {found}.")
+        rows = rows.select([index for index, source in enumerate(rows["source"]) if source in wanted])
+    return rows if arguments.max_rows is None else rows.select(range(min(arguments.max_rows, len(rows))))

@@ -1,0 +1,167 @@
+"""Tokenised candidates: the ids that TRL's reward trainer would read, for any number of completions."""
+
+import json
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .preferences import PreferenceReport
+
+
+CANDIDATE_COLUMNS = ("candidate_ids", "completion_starts", "target", "ranking", "row", "margin")
+
+
+def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Tokenise the completions of a general row, each after its prompt, as [`~trl.RewardTrainer`] does with a pair.
+
+    Text: the end-of-sequence token is appended where it does not stand, and prompt + completion are tokenised as one.
+    Messages: the chat template of prompt + completion. `tools` and `chat_template_kwargs` are passed on.
+
+    Returns:
+        `dict[str, Any]`: `candidate_ids`, and what [`locate_completions`] adds.
+    """
+    candidate_ids = []
+    for completion in row["completions"]:
+        if isinstance(completion, str):
+            eos = processing_class.eos_token
+            text = row.get("prompt", "") + (completion if completion.endswith(eos) else completion + eos)
+            candidate_ids.append(processing_class(text=text)["input_ids"])
+        else:
+            messages = [*row.get("prompt", []), *completion]
+            candidate_ids.append(_template_ids(processing_class, messages, row))
+    return locate_completions({**row, "candidate_ids": candidate_ids}, processing_class)
+
+
+def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """
+    Find where the completions of tokenised candidates begin.
+
+    Without a `prompt` all tokens count as completion; what the candidates have in common cancels in the loss.
+
+    Returns:
+        `dict[str, Any]`: `candidate_ids`; `completion_starts`, how many tokens each candidate shares with its prompt
+        alone; `prompt_mismatch`, whether that is fewer than the prompt has; `longest`, the most tokens of a candidate.
+    """
+    candidate_ids, prompt = row["candidate_ids"], row.get("prompt")
+    if prompt is None:
+        prompt_ids = []
+    elif isinstance(prompt, str):
+        prompt_ids = processing_class(text=prompt)["input_ids"]
+        # A tokenizer that closes every text by EOS closes the prompt too, where no completion begins with it.
+        if prompt_ids and prompt_ids[-1] == processing_class.eos_token_id and not prompt.endswith(
+            processing_class.eos_token
+        ):
+            prompt_ids = prompt_ids[:-1]
+    else:
+        prompt_ids = _template_ids(processing_class, prompt, row, add_generation_prompt=True)
+    starts = [_common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
+    return {
+        "candidate_ids": candidate_ids,
+        "completion_starts": starts,
+        "prompt_mismatch": min(starts) < len(prompt_ids),
+        "longest": max(len(ids) for ids in candidate_ids),
+    }
+
+
+def pair_to_candidates(
+    row: dict[str, Any], index: int, processing_class: PreTrainedTokenizerBase, rows: list[int] | None
+) -> dict[str, Any]:
+    """A pair that TRL tokenised (`chosen_ids`, `rejected_ids`) as a row of candidates; `rows` maps to given rows."""
+    place = index if rows is None else rows[index]
+    for name in ("chosen_ids", "rejected_ids"):
+        if not row[name]:
+            raise ValueError(f"Row {place} of the preference dataset: `{name}` is {row[name]}, expected token ids. Drop it.")
+    located = locate_completions({**row, "candidate_ids": [row["chosen_ids"], row["rejected_ids"]]}, processing_class)
+    return {**located, "target": [1.0, 0.0], "ranking": None, "row": place}
+
+
+def drop_overlong(
+    dataset: Dataset | IterableDataset,
+    report: PreferenceReport,
+    *,
+    max_length: int | None,
+    context_length: int | None,
+    overlong: str,
+    max_share: float = 0.01,
+) -> Dataset | IterableDataset:
+    """
+    Drop rows with a candidate longer than `max_length`, count them, and refuse what the model cannot read.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `longest` and `row`.
+        report ([`PreferenceReport`]):
+            Gets `num_overlong`.
+        max_length (`int` or `None`):
+            Most tokens of prompt and completion; `None` for no limit of ours.
+        context_length (`int` or `None`):
+            Most tokens that the model has positions for.
+        overlong (`str`):
+            `"raise"` refuses a dataset with more than `max_share` overlong rows, a streamed one at its first; `"drop"`
+            never does.
+        max_share (`float`, *optional*, defaults to `0.01`):
+            Share of rows that may be dropped without asking.
+
+    Raises:
+        ValueError: naming rows, lengths and the remedy.
+    """
+    if isinstance(dataset, IterableDataset):
+        limits = {"max_length": max_length, "context_length": context_length, "overlong": overlong}
+        return dataset.filter(_fits, fn_kwargs=limits)
+    lengths, rows = list(dataset["longest"]), list(dataset["row"])
+    if max_length is not None:
+        kept = [position for position, length in enumerate(lengths) if length <= max_length]
+        report.num_overlong = len(lengths) - len(kept)
+        if not kept:
+            raise ValueError(f"All rows are longer than `max_length={max_length}`. Raise `max_length`.")
+        if overlong == "raise" and report.num_overlong > max_share * len(lengths):
+            long = [rows[position] for position, length in enumerate(lengths) if length > max_length]
+            raise ValueError(
+                f"{len(long)} of {len(lengths)} rows ({len(long) / len(lengths):.1%}) are longer than `max_length="
+                f"{max_length}` tokens, among them rows {long[:8]}. Raise `max_length`, or set `overlong='drop'` to train "
+                "without them."
+            )
+        if report.num_overlong:
+            dataset = dataset.select(kept)
+            lengths, rows = [lengths[position] for position in kept], [rows[position] for position in kept]
+    beyond = {row: length for row, length in zip(rows, lengths, strict=True) if length > (context_length or length)}
+    if beyond:
+        raise _beyond_context(beyond, context_length)
+    return dataset
+
+
+def _fits(row: dict[str, Any], max_length: int | None, context_length: int | None, overlong: str) -> bool:
+    length = row["longest"]
+    if max_length is not None and length > max_length:
+        if overlong == "raise":
+            raise ValueError(
+                f"Row {row['row']} has {length} tokens, more than `max_length={max_length}`, and the share of such rows "
+                "is not known for a streamed dataset. Raise `max_length`, or set `overlong='drop'`."
+            )
+        return False
+    if context_length is not None and length > context_length:
+        raise _beyond_context({row["row"]: length}, context_length)
+    return True
+
+
+def _beyond_context(lengths: dict[int, int], context_length: int | None) -> ValueError:
+    shown = dict(list(lengths.items())[:8])
+    return ValueError(
+        f"{len(lengths)} rows are longer than the model's context of {context_length} tokens "
+        f"(`max_position_embeddings`): tokens by row {shown}. Shorten prompt or completion, or set `max_length` to "
+        f"{context_length} or less and `overlong='drop'`."
+    )
+
+
+def _template_ids(processing_class: PreTrainedTokenizerBase, messages: list, row: dict, **kwargs: Any) -> list[int]:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = {"tools": tools, **(row.get("chat_template_kwargs") or {}), **kwargs}
+    return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def _common_prefix_length(ids: list[int], other: list[int]) -> int:
+    pairs = enumerate(zip(ids, other, strict=False))
+    return next((position for position, (one, two) in pairs if one != two), min(len(ids), len(other)))

@@ -1,0 +1,81 @@
+"""Prompt rows for PPO, checked before any training."""
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+# Columns that the trainer itself hands to reward functions.
+RESERVED_COLUMNS = {"prompt_ids", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` for a tokenizer without an end-of-sequence token: no completion could ever end."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"processing_class {type(tokenizer).__name__} has eos_token=None, so no completion could end. Set "
+            "`tokenizer.eos_token` to a token of its vocabulary."
+        )
+
+
+def check_prompts(
+    dataset: Dataset | IterableDataset | None,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_completion_length: int,
+    max_positions: int | None,
+    chat_template_kwargs: dict | None = None,
+) -> None:
+    """Check the rows of a prompt data set.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows with a column `prompt`, text or messages. Rows of a stream are seen only when they come, so only the
+            first is checked.
+        name (`str`):
+            How messages call the data set.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The policy's.
+        max_completion_length (`int`):
+            Tokens that may be sampled.
+        max_positions (`int`, *optional*):
+            The model's context in tokens.
+
+    Raises:
+        ValueError: no row, no column `prompt`, a reserved column, an empty prompt, or a prompt that leaves no room for
+            a completion; the message names the rows.
+    """
+    if dataset is None:
+        return
+    rows = dataset if isinstance(dataset, Dataset) else dataset.take(1)
+    columns = dataset.column_names or []
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} has no rows. Check the path and the split.")
+    if columns and "prompt" not in columns:
+        raise ValueError(f"{name} has no column 'prompt' (found {columns}). Rename the column that holds the prompts.")
+    taken = sorted(RESERVED_COLUMNS & set(columns))
+    if taken:
+        raise ValueError(f"{name} has a column {taken[0]!r}, a name the trainer itself hands to rewards. Rename it.")
+    empty, long = [], []
+    for index, row in enumerate(rows):
+        prompt = row.get("prompt")
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            empty.append(index)
+            continue
+        if is_conversational({"prompt": prompt}):
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+            )["input_ids"]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        if max_positions is not None and len(ids) + max_completion_length > max_positions:
+            long.append((index, len(ids)))
+    if empty:
+        raise ValueError(f"{name} has {len(empty)} empty prompts, first at row {empty[0]}. Remove these rows.")
+    if long:
+        index, length = long[0]
+        raise ValueError(
+            f"{name} has {len(long)} rows whose prompt and completion exceed the model's context of {max_positions} "
+            f"tokens; row {index} has {length} prompt tokens and max_completion_length={max_completion_length}. Drop "
+            "or shorten these prompts, or lower max_completion_length."
+        )

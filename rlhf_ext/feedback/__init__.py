@@ -1,0 +1,1 @@
+"""Where labels come from: label store, simulated labeller, AI labeller, labelling page."""

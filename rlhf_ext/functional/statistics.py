@@ -1,0 +1,75 @@
+"""Numbers that are logged, not trained on."""
+
+import torch
+
+from .masking import masked_mean, masked_var
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1 - var(R - V) / var(R) over all real tokens; 0 where the returns do not vary.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): V before token t.
+        returns (`torch.Tensor` of shape `(B, T)`): target of V.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+    """
+    total = masked_var(returns, mask)
+    rest = masked_var(returns - values, mask)
+    return torch.where(total > 0, 1 - rest / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(total))
+
+
+def rollout_statistics(
+    scores: torch.Tensor,
+    kl: torch.Tensor,
+    rewards: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    values: torch.Tensor | None = None,
+    returns: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """What is logged once per rollout, over the rows of all processes.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards' scores; NaN rows are left out.
+        kl (`torch.Tensor` of shape `(B, T)`): k1 estimate of the KL to the reference, nats per token.
+        rewards (`torch.Tensor` of shape `(B, T)`): per-token rewards after the KL term, before whitening.
+        advantages (`torch.Tensor` of shape `(B, T)`): before whitening.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+        values, returns (`torch.Tensor` of shape `(B, T)`, *optional*): with a critic.
+
+    Returns:
+        `dict`: `kl` (nats summed per sequence, mean over sequences), `kl_per_token`, `rlhf_reward` (the summed rewards
+        of a sequence, score - kl_coef * KL), `advantages/mean`, `advantages/std`, and with values `value/mean`,
+        `value/explained_variance`, `returns/mean`.
+    """
+    scored = ~torch.isnan(scores)
+    per_sequence = torch.where(mask, kl, torch.zeros_like(kl)).sum(-1)
+    paid = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(-1)[scored]
+    statistics = {
+        "kl": per_sequence.mean(),
+        "kl_per_token": masked_mean(kl, mask),
+        "rlhf_reward": paid.mean() if len(paid) else torch.zeros_like(per_sequence.mean()),
+        "advantages/mean": masked_mean(advantages, mask),
+        "advantages/std": masked_var(advantages, mask).sqrt(),
+    }
+    if values is not None and returns is not None:
+        statistics["value/mean"] = masked_mean(values, mask)
+        statistics["value/explained_variance"] = explained_variance(values, returns, mask)
+        statistics["returns/mean"] = masked_mean(returns, mask)
+    return statistics
+
+
+def ratio_statistics(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Distance of the policy from the one that sampled: `approx_kl` = mean(r - 1 - log r), and the extremes of r.
+
+    Args:
+        logps, old_logps (`torch.Tensor` of shape `(B, T)`): log-probability of token t now and in the rollout.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+    """
+    log_ratio = torch.where(mask, logps - old_logps, torch.zeros_like(logps)).detach().float()
+    ratio = log_ratio.exp()
+    return {
+        "policy/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+        "policy/ratio_max": ratio.max(),
+        "policy/ratio_min": ratio.min(),
+    }

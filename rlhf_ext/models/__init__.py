@@ -1,0 +1,1 @@
+"""Models: roles on one base, adapters, heads, scoring."""

@@ -1,0 +1,95 @@
+"""Scalar adapters (critic, reward) on the base of a causal language model: read them, add them, write them.
+
+On disk such an adapter is what `PreferenceRewardTrainer` saves with LoRA: an ordinary PEFT folder of a sequence
+classifier whose head `score` stands in `modules_to_save`. The backbone's LoRA weights have the same names under a
+causal language model, so they can be put on the policy's base as they are; the head is kept apart.
+"""
+
+import copy
+import os
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import save_file
+
+from .roles import POLICY, REFERENCE
+
+
+HEAD_KEY = "base_model.model.score.weight"
+
+
+def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor]:
+    """Read a reward or critic adapter folder: its LoRA config, its LoRA weights, and its head `(1, H)`.
+
+    Raises:
+        ValueError: `folder` is no LoRA adapter, or has no head (a random one would be a silent error).
+    """
+    if not os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(
+            f"reward_adapter={folder!r} has no adapter_config.json. Pass the folder that PreferenceRewardTrainer "
+            "saved with a LoRA peft_config, or give a full reward model in `reward_funcs`."
+        )
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"reward_adapter={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base.")
+    weights = load_peft_weights(folder, device="cpu")
+    head = weights.pop(HEAD_KEY, None)
+    if head is None:
+        raise ValueError(
+            f"reward_adapter={folder!r} holds no {HEAD_KEY!r}: its head was not saved. Train it with "
+            "modules_to_save=['score'], as PreferenceRewardTrainer does."
+        )
+    others = [name for name in weights if ".lora_" not in name]
+    if others:
+        raise ValueError(
+            f"reward_adapter={folder!r} trains more than LoRA weights and the head ({others[0]!r} and "
+            f"{len(others) - 1} more), which roles on one base cannot share. Train it with modules_to_save=['score'] only."
+        )
+    config = copy.copy(config)
+    config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
+    return config, weights, head
+
+
+def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor:
+    """Add the adapter of `folder` to `model` as `name` and return its head's weight `(1, H)` in float32.
+
+    Raises:
+        ValueError: the weights do not fit the base (another architecture or size).
+    """
+    config, weights, head = read_scalar_adapter(folder)
+    model.add_adapter(name, config)
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if expected != set(weights):
+        odd = sorted(expected.symmetric_difference(weights))
+        raise ValueError(
+            f"reward_adapter={folder!r} does not fit the policy's base: {len(odd)} weights differ, {odd[0]!r} first. "
+            "Train the reward model on the same base model."
+        )
+    try:
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise ValueError(f"reward_adapter={folder!r} does not fit the policy's base: {error}") from error
+    return head.float()
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Copy the policy's adapter as it is now to a frozen adapter `ref`."""
+    model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[POLICY]))
+    weights = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    set_peft_model_state_dict(model, weights, adapter_name=REFERENCE)
+
+
+def save_scalar_adapter(model: PeftModel, name: str, head: torch.Tensor, folder: str) -> None:
+    """Write adapter `name` and its head so that PEFT loads them as a sequence classifier, with no foreign key."""
+    config = copy.copy(model.peft_config[name])
+    config.modules_to_save, config.task_type, config.inference_mode = ["score"], "SEQ_CLS", True
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {**weights, HEAD_KEY: head}
+    os.makedirs(folder, exist_ok=True)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        os.path.join(folder, "adapter_model.safetensors"),
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(folder)

@@ -1,0 +1,260 @@
+"""From what the caller passes to the one wrapped model that holds every trained role."""
+
+import copy
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .adapters import add_reference_adapter, add_scalar_adapter
+from .roles import CRITIC, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
+from .scoring import ModelReward, classifier_of, load_reward_model
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_policy(path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> nn.Module:
+    """Load a policy to train: a full model, or a folder with a LoRA adapter (its base is found by the adapter's config).
+
+    Args:
+        path (`str`):
+            Model id or folder.
+        kwargs:
+            Passed to `from_pretrained`: `dtype` (float32 unless given, as in TRL's trainers), `revision`,
+            `quantization_config`, ...
+    """
+    kwargs.setdefault("dtype", torch.float32)
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        return AutoPeftModelForCausalLM.from_pretrained(
+            path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs
+        )
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def critic_from_policy(base: PreTrainedModel) -> PreTrainedModel:
+    """A critic for rewards that are no model: the policy's trunk with a head of zeros (Ziegler et al. 2019)."""
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+    getattr(critic, critic.base_model_prefix).load_state_dict(base.base_model.state_dict())
+    nn.init.zeros_(critic.score.weight)
+    return critic
+
+
+def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
+    """A trainable copy of a reward model whose output is `weight` times the score, the unit that PPO pays in."""
+    critic = copy.deepcopy(reward_model).train()
+    head = critic.get_base_model().score if isinstance(critic, PeftModel) else critic.score
+    if isinstance(critic, PeftModel):
+        critic.requires_grad_(False)
+        for name, parameter in critic.named_parameters():
+            parameter.requires_grad_(".lora_" in name or ".score." in name)
+    else:
+        critic.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(weight)
+    return critic
+
+
+def check_vocabularies(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase | None, name: str) -> None:
+    """The critic reads the policy's token ids, so both must mean the same by them.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    if critic is not None and critic.get_vocab() != policy.get_vocab():
+        raise ValueError(
+            f"{name} has another tokenizer ({len(critic)} entries) than the policy ({len(policy)} entries). A critic "
+            "reads the rollout's token ids: pass a `critic_model` with the policy's tokenizer. As a reward model it "
+            "may keep its own, through `reward_processing_classes`."
+        )
+
+
+@dataclass
+class Roles:
+    """The wrapped model with its critic, the switch between its adapters, and the reference where it is a copy.
+
+    Attributes:
+        model: What `Trainer` trains: the causal language model, or its [`~peft.PeftModel`].
+        switch: Chooses the adapter of a forward.
+        reference: A frozen copy of a policy without adapters, else `None`.
+        reference_adapter: Adapter of the reference, `None` for the bare base. Read only where `reference` is `None`.
+        trainable: Names of the parameters that train.
+    """
+
+    model: nn.Module
+    switch: RoleSwitch
+    reference: PreTrainedModel | None = None
+    reference_adapter: str | None = None
+    trainable: set[str] = field(default_factory=set)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return base_of(self.model)
+
+    def freeze(self) -> None:
+        """Hide all parameters from the parent's `__init__`, which rounds every trainable one to bfloat16 on a quantised base."""
+        self.trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.model.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+
+
+def build_roles(
+    model: nn.Module,
+    *,
+    critic: str,
+    critic_model: nn.Module | None = None,
+    reward_adapter: str | None = None,
+    peft_config: PeftConfig | None = None,
+    keep_reference: bool = True,
+) -> Roles:
+    """Put policy, reference, critic and reward adapter together.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Policy.
+        critic (`str`):
+            `"model"`: `critic_model` becomes the submodule `critic` of the base. `"adapter"`: the reward adapter is
+            added twice, frozen as `reward` and trainable as `critic`. `"none"`: no values.
+        critic_model (`PreTrainedModel` or `PeftModel`, *optional*):
+            Sequence classifier with one label.
+        reward_adapter (`str`, *optional*):
+            Folder of a reward adapter trained on the same base.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter to put on a plain policy.
+        keep_reference (`bool`, *optional*, defaults to `True`):
+            Whether a reference is needed at all.
+
+    Raises:
+        ValueError: the parts do not fit (see the messages).
+    """
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError("peft_config was given for a model that has adapters already. Pass one of the two.")
+        fresh, model = True, get_peft_model(model, peft_config)
+    else:
+        fresh = False
+    is_peft = isinstance(model, PeftModel)
+    if not is_peft and reward_adapter is not None:
+        raise ValueError(
+            "reward_adapter shares the base with the policy's adapter, but the policy has none. Give a `peft_config`, "
+            "or load the adapter as a standalone reward model with `load_reward_model` and pass it in `reward_funcs`."
+        )
+
+    reference = None
+    if keep_reference and not is_peft:
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+    if keep_reference and is_peft and not fresh:
+        add_reference_adapter(model)
+
+    heads = {}
+    if reward_adapter is not None:
+        for name in [REWARD, CRITIC] if critic == "adapter" else [REWARD]:
+            heads[name] = scalar_head(add_scalar_adapter(model, name, reward_adapter), trainable=name == CRITIC)
+    roles = Roles(model, RoleSwitch(model), reference, "ref" if is_peft and not fresh else None)
+    # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the
+    # adapters of a critic of its own stay as they are when the policy's are switched.
+    device = next(roles.base.parameters()).device
+    for name, head in heads.items():
+        roles.base.add_module(f"{name}_head", head.to(device))
+    if critic == "model":
+        if critic_model is None:
+            raise ValueError('critic="model" needs a `critic_model`.')
+        roles.base.add_module(CRITIC, critic_model)
+    bind_roles(model, roles.switch)
+    if is_peft:
+        for name, parameter in model.named_parameters():
+            if f".{REWARD}." in name or ".ref." in name:
+                parameter.requires_grad_(False)
+            elif f".lora_A.{CRITIC}." in name or f".lora_B.{CRITIC}." in name:
+                parameter.requires_grad_(True)
+    return roles
+
+
+def choose_critic(
+    critic: str | None,
+    *,
+    base: PreTrainedModel,
+    critic_model: nn.Module | str | None,
+    reward_adapter: str | None,
+    rewards: list[Any],
+    reward_weights: list[float] | None,
+    reads_values: bool,
+    policy_processing_class: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+) -> tuple[str, nn.Module | None]:
+    """Settle which critic a run has, and build it where it is a model of its own.
+
+    Args:
+        critic (`str`, *optional*):
+            `PPOConfig.critic`; `None` chooses.
+        rewards (`list`):
+            Functions of [`~rlhf_ext.models.rewards.resolve_rewards`]; the one that is a model with the policy's
+            tokenizer starts the critic.
+        reads_values (`bool`):
+            Whether the advantage estimator reads values at all.
+
+    Returns:
+        `tuple[str, nn.Module | None]`: `"adapter"`, `"model"` or `"none"`, and the model for `"model"`.
+
+    Raises:
+        ValueError: the critic cannot be built from what was given.
+    """
+    if critic is None:
+        critic = "none" if not reads_values else "adapter" if reward_adapter is not None else "model"
+    if critic == "adapter" and reward_adapter is None:
+        raise ValueError("critic='adapter' starts from a `reward_adapter`, which was not given. Pass its folder.")
+    if critic != "model":
+        if critic_model is not None:
+            raise ValueError(f"critic_model was given, but critic={critic!r} does not read it. Set critic='model'.")
+        return critic, None
+    if isinstance(critic_model, str):
+        tokenizer = AutoTokenizer.from_pretrained(critic_model, trust_remote_code=trust_remote_code)
+        check_vocabularies(policy_processing_class, tokenizer, "critic_model")
+        critic_model = load_reward_model(critic_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return critic, critic_from_reward(critic_model, 1.0)
+    if critic_model is not None:
+        size = critic_model.config.get_text_config().vocab_size
+        if size < len(policy_processing_class):
+            raise ValueError(
+                f"critic_model has a vocabulary of {size}, the policy's tokenizer has {len(policy_processing_class)} "
+                "entries, so its tokenizer is another one. Pass a critic with the policy's tokenizer."
+            )
+        name = getattr(critic_model.config, "_name_or_path", "")
+        if name and os.path.exists(os.path.join(name, "tokenizer_config.json")):
+            check_vocabularies(policy_processing_class, AutoTokenizer.from_pretrained(name), "critic_model")
+        classifier_of(critic_model)
+        return critic, critic_model
+    models = [r.reward for r in rewards if isinstance(r.reward, ModelReward)]
+    if len(models) == 1 and len(rewards) == 1:
+        reward = models[0]
+        check_vocabularies(policy_processing_class, reward.processing_class, "The reward model, from which the critic starts,")
+        return critic, critic_from_reward(reward.model, (reward_weights or [1.0])[0])
+    if len(models) > 1 or (models and len(rewards) > 1):
+        raise ValueError(
+            f"The critic cannot start from {len(rewards)} rewards at once. Pass a `critic_model`, for example a copy of "
+            "the reward model that weighs most."
+        )
+    if isinstance(base, PeftModel) or getattr(base, "quantization_method", None) is not None:
+        raise ValueError(
+            "critic='model' without a reward model copies the policy's trunk, which is not possible for a policy with "
+            "adapters or a quantised one. Pass a `critic_model` or a `reward_adapter`."
+        )
+    logger.warning("No reward model to start the critic from: it starts from the policy's trunk with a head of zeros.")
+    return critic, critic_from_policy(base)

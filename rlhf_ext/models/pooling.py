@@ -1,0 +1,230 @@
+"""From tokens to one score: the scalar head of a reward model on every token, pooled by the attention mask.
+
+Shapes: B rows, T tokens. Mask: 1 (or True) on real tokens, padding on either side.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from .positions import positions_from_mask
+
+
+AGGREGATIONS = ("last", "sum")
+
+
+def classifier_of(model: nn.Module) -> PreTrainedModel:
+    """
+    The sequence-classification model inside `model`, without DDP, DeepSpeed or PEFT around it.
+
+    Args:
+        model (`nn.Module`):
+            A decoder sequence-classification model, plain or wrapped.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the model that owns the backbone and the head `score`.
+
+    Raises:
+        ValueError: if the model has no scalar head named `score`.
+    """
+    model = extract_model_from_parallel(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(getattr(base, "score", None), nn.Module):
+        raise ValueError(
+            f"`model` is a {type(base).__name__} without a head named `score`, so its tokens have no scores. Load a "
+            "decoder with `AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`."
+        )
+    labels = getattr(base.config, "num_labels", None)
+    if labels != 1:
+        raise ValueError(
+            f"`model.config.num_labels` is {labels}, but a reward model gives one score. Load it with `num_labels=1`."
+        )
+    return base
+
+
+def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    The scalar head of a reward model on every position.
+
+    Args:
+        model (`nn.Module`):
+            Decoder sequence-classification model with one label, plain or a [`~peft.PeftModel`].
+        input_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids, padded on either side.
+        attention_mask (`torch.Tensor` of shape `(B, T)`):
+            1 on real tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, fp32: the score read at each token. Padded positions hold no meaning.
+
+    Raises:
+        ValueError: if the model has no head named `score` or more than one label.
+    """
+    base = classifier_of(model)
+    scores, _ = _score_tokens(base, {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False})
+    return scores
+
+
+def last_token_scores(token_scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    The score at the last real token, found by the mask and never by the padding id.
+
+    Args:
+        token_scores (`torch.Tensor` of shape `(B, T)`):
+            A score per token.
+        attention_mask (`torch.Tensor` of shape `(B, T)`):
+            1 (or True) on real tokens; rows may be padded on the left or on the right.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+
+    Raises:
+        ValueError: if the shapes differ or a row has no real token.
+    """
+    _check_mask(token_scores, attention_mask)
+    steps = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    last = torch.where(attention_mask.bool(), steps, -1).amax(-1)
+    if (last < 0).any():
+        rows = (last < 0).nonzero().flatten().tolist()
+        raise ValueError(f"`attention_mask` has no real token in rows {rows}. Give each row at least one token.")
+    return token_scores[torch.arange(len(last), device=last.device), last]
+
+
+def sum_token_scores(token_scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    The sum of the token scores over a segment, the reward of Christiano et al. 2017 (https://huggingface.co/papers/1706.03741),
+    section 2.2.3, without discount.
+
+    Args:
+        token_scores (`torch.Tensor` of shape `(B, T)`):
+            A score per token; masked positions may hold NaN.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 (or True) on the tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_mask(token_scores, mask)
+    return torch.where(mask.bool(), token_scores, torch.zeros_like(token_scores)).sum(-1)
+
+
+def pool_by_attention_mask(model: nn.Module, aggregation: str = "last") -> nn.Module:
+    """
+    Make the forward of a reward model pool its scores by the attention mask.
+
+    The stock forward looks for the last token that is not the padding id, so that an end-of-sequence token which also
+    pads is never read (huggingface/transformers#35352). Where the padding id does not occur inside the text the result
+    is the same bit for bit in fp32. The forward also applies the head in fp32, moves positions under padding on the
+    left, and takes one more keyword, `completion_mask (B, T)`: with `aggregation="sum"` only those tokens count.
+    `save_pretrained`, PEFT wrapping, DDP, `copy.deepcopy` and `pickle` work as before.
+
+    Args:
+        model (`nn.Module`):
+            Decoder sequence-classification model with one label, plain or a [`~peft.PeftModel`]; changed in place.
+        aggregation (`str`, *optional*, defaults to `"last"`):
+            `"last"`: the score at the last real token. `"sum"`: the sum over real tokens, or over `completion_mask`.
+
+    Returns:
+        `nn.Module`: `model`.
+
+    Raises:
+        ValueError: if `aggregation` is unknown or the model has no head named `score`.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"`aggregation` is {aggregation!r}; choose one of {list(AGGREGATIONS)}.")
+    base = classifier_of(model)
+    pooled = base.__dict__.get("forward")
+    if isinstance(pooled, _PooledForward):
+        pooled.aggregation = aggregation
+    else:
+        base.forward = _PooledForward(base, aggregation)
+    return model
+
+
+def pooled_aggregation(model: nn.Module) -> str | None:
+    """The aggregation that [`pool_by_attention_mask`] gave `model`, or `None` for a stock forward."""
+    forward = classifier_of(model).__dict__.get("forward")
+    while forward is not None and not isinstance(forward, _PooledForward):
+        # accelerate's mixed precision puts an autocast wrapper around the forward
+        forward = getattr(forward, "__wrapped__", None)
+    return forward.aggregation if forward is not None else None
+
+
+class _PooledForward:
+    # An object and not a closure: a bound method of a closure is lost in pickle without an error, because it pickles
+    # as `getattr(model, "forward")` and the half-built model answers with the forward of its class.
+    def __init__(self, model: PreTrainedModel, aggregation: str):
+        functools.update_wrapper(self, model.forward)
+        self.model = model
+        self.aggregation = aggregation
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        completion_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        if labels is not None:
+            raise ValueError("`labels` were given, but a pooled reward model gives scores only. Leave `labels` out.")
+        if completion_mask is not None and self.aggregation != "sum":
+            raise ValueError("`completion_mask` was given, but only `aggregation='sum'` reads it. Leave it out.")
+        if attention_mask is None:
+            source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+            attention_mask = torch.ones(source.shape[:2], dtype=torch.long, device=source.device)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        scores, outputs = _score_tokens(self.model, inputs)
+        if self.aggregation == "last":
+            pooled = last_token_scores(scores, attention_mask.to(scores.device))
+        else:
+            mask = attention_mask if completion_mask is None else completion_mask
+            pooled = sum_token_scores(scores, mask.to(scores.device))
+        result = SequenceClassifierOutputWithPast(
+            logits=pooled.unsqueeze(-1),
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+def _score_tokens(base: PreTrainedModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    backbone = getattr(base, base.base_model_prefix)
+    mask = inputs["attention_mask"]
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    if takes_positions and inputs.get("position_ids") is None and (mask[:, 1:] > mask[:, :-1]).any():
+        # Only where padding stands before text: the model's own positions are right elsewhere, and passing the same
+        # numbers once per row would sum the gradient of GPT-2's position table in another order.
+        inputs = {**inputs, "position_ids": positions_from_mask(mask)}
+    outputs = backbone(**inputs)
+    return _apply_head(base.score, outputs.last_hidden_state), outputs
+
+
+def _apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    parameters = dict(head.named_parameters())
+    # bf16 keeps 8 bits of a score: pairs that differ by less would tie (huggingface/trl#1258). Autocast is off for the
+    # same reason.
+    with torch.autocast(device_type=hidden.device.type, enabled=False):
+        hidden = hidden.float()
+        if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+            return head(hidden).squeeze(-1)
+        wide = {name: parameter.float() for name, parameter in parameters.items()}
+        return torch.func.functional_call(head, wide, (hidden,)).squeeze(-1)
+
+
+def _check_mask(scores: torch.Tensor, mask: torch.Tensor) -> None:
+    if scores.dim() != 2 or scores.shape != mask.shape:
+        raise ValueError(
+            f"`token_scores` has shape {tuple(scores.shape)} and the mask {tuple(mask.shape)}; both must be `(B, T)`."
+        )

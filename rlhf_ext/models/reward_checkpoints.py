@@ -1,0 +1,196 @@
+"""Reward models from disk: full models and PEFT adapters, with the head they were trained with or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import cached_file
+
+from .pooling import pool_by_attention_mask
+
+
+REWARD_FILE = "reward_config.json"
+"""Written beside a saved reward model: what it takes to score again as it did, and no other file says."""
+
+
+def load_reward_model(
+    path_or_model_id: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    base_model: str | os.PathLike | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """
+    Load a reward model, in full or as a PEFT adapter, that scores as it did when it was saved.
+
+    Args:
+        path_or_model_id (`str` or `os.PathLike`):
+            A saved sequence-classification model or adapter. Only safetensors files are read.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Dtype of the backbone; `"auto"` takes the checkpoint's. The head is fp32 whatever it is.
+        device (`str` or `torch.device`, *optional*):
+            Where to put the model.
+        base_model (`str` or `os.PathLike`, *optional*):
+            Base of an adapter; by default the one its `adapter_config.json` names.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether a checkpoint may run code of its own.
+
+    Returns:
+        `nn.Module`: the model in eval mode. A decoder's forward pools by the attention mask
+        ([`pool_by_attention_mask`]), with the aggregation it was trained with.
+
+    Raises:
+        ValueError: if the files hold no trained head (huggingface/peft#1070), or not one score per text.
+    """
+    path = str(path_or_model_id)
+    saved = _read_json(_find_file(path, REWARD_FILE))
+    if dtype == "auto" and "backbone_dtype" in saved:
+        # The base that an adapter names may be stored in another dtype than the one it was trained on.
+        dtype = getattr(torch, saved["backbone_dtype"])
+    adapter_config = _find_file(path, "adapter_config.json")
+    if adapter_config is not None:
+        model, head = _load_adapter(path, adapter_config, base_model, dtype, trust_remote_code)
+    else:
+        if base_model is not None:
+            raise ValueError(f"`base_model` was given, but {path!r} is no adapter. Leave `base_model` out.")
+        model, missing = _load_classifier(path, dtype, trust_remote_code)
+        if missing:
+            raise ValueError(
+                f"{path!r} has no weights for {sorted(missing)}: the head would be random. Pass a trained reward model, "
+                "or train one with `PreferenceRewardTrainer`."
+            )
+        head = read_head(path)
+    base = model.get_base_model() if adapter_config is not None else model
+    if isinstance(getattr(base, "score", None), nn.Module):
+        set_head(base.score, head)
+        pool_by_attention_mask(model, saved.get("reward_aggregation", "last"))
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load_classifier(path: str, dtype: str | torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, set[str]]:
+    # Missing weights are judged by the caller; the library's own "newly initialized" report would be a false alarm
+    # where an adapter brings the head.
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                num_labels=1,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        if "size" not in str(error):
+            raise
+        raise ValueError(f"{path!r} does not give one score per text: {error} Train it with `num_labels=1`.") from error
+    return model, set(info["missing_keys"])
+
+
+def _load_adapter(
+    path: str,
+    config_file: str,
+    base_model: str | os.PathLike | None,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from peft import PeftModel
+
+    base_path = base_model or _read_json(config_file).get("base_model_name_or_path")
+    if not base_path:
+        raise ValueError(f"`base_model_name_or_path` is empty in {config_file!r}. Pass `base_model=`.")
+    if _find_file(path, "adapter_model.safetensors") is None:
+        raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
+    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code)
+    head = read_head(path)
+    foreign = {name for name in missing if not name.startswith("score.")}
+    if foreign or (missing and not head):
+        raise ValueError(
+            f"Neither the adapter {path!r} nor its base {str(base_path)!r} has weights for "
+            f"{sorted(foreign or missing)}: the head would be random. Train the adapter with "
+            '`modules_to_save=["score"]`.'
+        )
+    return PeftModel.from_pretrained(base, path, is_trainable=False), head
+
+
+def has_safetensors(path: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint has weights in a safetensors file, or an index of such files."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(_find_file(path, name, revision) is not None for name in names)
+
+
+def read_head(path: str, revision: str | None = None) -> dict[str, torch.Tensor]:
+    """The parameters of the head `score` in a checkpoint: one file, shards or an adapter."""
+    index = _find_file(path, "model.safetensors.index.json", revision)
+    if index is not None:
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    else:
+        names = ["adapter_model.safetensors", "model.safetensors"]
+    head = {}
+    for file_name in filter(None, (_find_file(path, name, revision) for name in names)):
+        with safe_open(file_name, framework="pt") as file:
+            for key in file.keys():
+                owner, _, parameter = key.rpartition(".")
+                if owner.split(".")[-1] == "score":
+                    head[parameter] = file.get_tensor(key)
+    return head
+
+
+def save_reward_config(folder: str | os.PathLike, aggregation: str, backbone_dtype: torch.dtype | None) -> None:
+    """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain."""
+    saved = {"reward_aggregation": aggregation}
+    if backbone_dtype is not None:
+        saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
+    with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:
+        json.dump(saved, file)
+
+
+def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Make a head fp32 and copy `tensors` into it.
+
+    A dtype rounds the head along with the backbone (huggingface/trl#1258), and a score must not change on its way over
+    the disk. In a PEFT model the saved copy and the original both get the values. Parameters of another shape, such as
+    those that ZeRO-3 keeps in pieces, are left alone.
+    """
+    head.float()
+    for name, parameter in head.named_parameters():
+        source = tensors.get(name.split(".")[-1])
+        if source is not None and source.shape == parameter.shape:
+            parameter.data.copy_(source)
+
+
+def _find_file(path: str, name: str, revision: str | None = None) -> str | None:
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _read_json(file_name: str | None) -> dict[str, Any]:
+    if file_name is None:
+        return {}
+    with open(file_name, encoding="utf-8") as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,58 @@
+"""A word-level tokenizer and causal LMs small enough to pretrain in a minute on two CPU cores, built from a config."""
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .words import vocabulary
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+# hidden size, layers, heads, intermediate size
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (64, 2, 4, 128),  # 0.1 M parameters: unit tests and the many-seed tables
+    "small": (128, 4, 4, 384),  # 0.9 M parameters: the quickstart
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, divided at whitespace; decoding joins words by single spaces.
+
+    Pad is not EOS (a pad that is EOS hides the end of a completion from the mask), there is no BOS, and nothing is
+    added around a text, so that ids of prompt + completion are those of the prompt followed by those of the completion
+    wherever the completion begins with a space.
+    """
+    words = [PAD, EOS, UNK, *vocabulary()]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "small") -> LlamaForCausalLM:
+    """A randomly initialised Llama in fp32 (seed with `torch.manual_seed` before the call)."""
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; choose one of {tuple(SIZES)}.")
+    hidden_size, num_layers, num_heads, intermediate_size = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)

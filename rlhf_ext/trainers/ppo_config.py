@@ -1,0 +1,234 @@
+"""Arguments of [`PPOTrainer`]."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+
+# Fields of the parent that would change the objective, the sampling distribution or the bookkeeping behind our back,
+# with the only value that composes and the reason. `tests/trainers/test_ppo_config.py` diffs the parent's fields
+# against this table and the inherited ones, so that a new flag upstream cannot slip through.
+ONLY_VALUE: dict[str, tuple[Any, str]] = {
+    "beta": (0.0, "the KL to the reference goes into the reward; set `kl_coef`"),
+    "loss_type": ("dapo", "any other divisor depends on how the batch is split into micro-batches"),
+    "entropy_coef": (0.0, "its mean per micro-batch depends on how the batch is split"),
+    "use_adaptive_entropy": (False, "it drives `entropy_coef`"),
+    "top_entropy_quantile": (1.0, "PPO trains on every token"),
+    "importance_sampling_level": ("token", "advantages are per token"),
+    "off_policy_mask_threshold": (None, "it drops whole sequences by their group advantage"),
+    "use_bias_correction_kl": (True, "it belongs to `beta`, and has no effect without it"),
+    "scale_rewards": ("group", "group statistics are not used; see `whiten_rewards` and `whiten_advantages`"),
+    "multi_objective_aggregation": ("sum_then_normalize", "scores are summed with `reward_weights`"),
+    "mask_truncated_completions": (False, "it empties the mask of a truncated row; its KL and values count here"),
+    "sync_ref_model": (False, "the reference of the KL term stays fixed"),
+    "top_p": (1.0, "sampling would differ from the distribution that the ratio is taken of"),
+    "top_k": (0, "sampling would differ from the distribution that the ratio is taken of"),
+    "min_p": (None, "sampling would differ from the distribution that the ratio is taken of"),
+    "repetition_penalty": (1.0, "sampling would differ from the distribution that the ratio is taken of"),
+    "disable_dropout": (True, "with dropout the ratio differs from 1 before the first update"),
+    "router_aux_loss_coef": (None, "mixtures of experts are untested here"),
+    "use_vllm": (False, "log-probabilities of the two engines differ until shown equal"),
+    "use_transformers_continuous_batching": (False, "it is untested with roles on one base"),
+    "use_transformers_paged": (False, "deprecated alias of continuous batching"),
+    "use_liger_kernel": (False, "it replaces the forward that carries the roles"),
+    "cast_lm_head_to_fp32": (False, "the reference would keep its own precision and the KL would not start at 0"),
+    "load_best_model_at_end": (False, "the parent would load the policy and leave the critic behind"),
+    "auto_find_batch_size": (False, "a halved batch breaks the rollout"),
+    "max_tool_calling_iterations": (None, "tools are not supported"),
+}
+
+# Sampling arguments that may pass through `generation_kwargs` without changing the distribution.
+_NEUTRAL_GENERATION_KWARGS = {"max_length", "min_length", "use_cache", "cache_implementation"}
+
+
+class _One(int):
+    """The number 1 that passes the parent's `num_generations < 2`: its code runs with one completion per prompt."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`PPOTrainer`]: TRL's [`~trl.GRPOConfig`] with the fields of classic RLHF.
+
+    TRL's own fields keep their meaning. `generation_batch_size` (or `steps_per_generation`) is the rollout,
+    `num_iterations` the PPO epochs, and a rollout gives `num_iterations * steps_per_generation /
+    gradient_accumulation_steps` optimizer steps. Only the fields below are new or have another default; a parent's
+    field that does not compose raises.
+
+    Parameters that control the objective:
+        policy_objective (`str`, *optional*, defaults to `"clip"`):
+            `"clip"`: PPO-Clip (Schulman et al. 2017, eq. 7). `"pg"`: REINFORCE or actor-critic, without a ratio.
+        epsilon_value (`float`, *optional*, defaults to `0.2`):
+            Clip range of the value loss; `None` switches it off.
+        vf_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the value loss.
+        num_iterations (`int`, *optional*, defaults to `4`):
+            PPO epochs per rollout.
+
+    Parameters that control rewards and advantages:
+        kl_coef (`float`, *optional*, defaults to `0.05`):
+            Weight of the KL to the reference inside the per-token reward (Ziegler et al. 2019, eq. 2). With 0 no
+            reference is kept.
+        adaptive_kl_target (`float`, *optional*):
+            Target of the KL controller in nats summed per sequence. `None` keeps `kl_coef` fixed.
+        kl_horizon (`int`, *optional*, defaults to `10000`):
+            Horizon of the KL controller in sequences.
+        advantage_estimator (`str`, *optional*, defaults to `"gae"`):
+            `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic) or `"leave_one_out"` (the bandit view, needs `num_generations >= 2`).
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount per token.
+        gae_lambda (`float`, *optional*, defaults to `0.95`):
+            Lambda of GAE.
+        bootstrap_truncated (`bool`, *optional*, defaults to `False`):
+            Whether the critic's value follows the last token of a completion that was cut by length.
+        whiten_rewards (`bool`, *optional*, defaults to `False`):
+            Whether per-token rewards are scaled to variance 1, their mean kept.
+        whiten_advantages (`bool`, *optional*, defaults to `True`):
+            Whether advantages are whitened over all real tokens of the rollout, on all processes together.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions per prompt.
+
+    Parameters that control the critic:
+        critic (`str`, *optional*):
+            `"adapter"`: an adapter on the policy's base, started from `reward_adapter`. `"model"`: a model of its own.
+            `"none"`: no critic. Unset: `"none"` where no value is used (`leave_one_out`), else `"adapter"` if a
+            `reward_adapter` is given, else `"model"`.
+        critic_learning_rate (`float`, *optional*):
+            Learning rate of the critic, on the policy's schedule. `None` takes `learning_rate`.
+
+    Raises:
+        ValueError: a value is out of range, or a field of the parent does not compose; the message names the field,
+            the value and the remedy.
+    """
+
+    # Parameters with another default than the parent's
+    learning_rate: float = field(default=3e-6, metadata={"help": "Learning rate of the policy."})
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs per rollout."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Has to stay True: no dropout in any role."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter takes part; True fails with roles on one base."}
+    )
+
+    # Parameters that control the objective
+    policy_objective: str = field(default="clip", metadata={"help": "'clip' or 'pg'."})
+    epsilon_value: float | None = field(
+        default=0.2, metadata={"help": "Clip range of the value loss; None switches it off."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+
+    # Parameters that control rewards and advantages
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference inside the reward."})
+    adaptive_kl_target: float | None = field(
+        default=None, metadata={"help": "Target of the KL controller, nats per sequence; None keeps kl_coef fixed."}
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Horizon of the KL controller in sequences."})
+    advantage_estimator: str = field(default="gae", metadata={"help": "'gae', 'returns' or 'leave_one_out'."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    bootstrap_truncated: bool = field(
+        default=False, metadata={"help": "Whether the critic's value follows a completion cut by length."}
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Whether rewards are scaled to variance 1, their mean kept."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Whether advantages are whitened over the whole rollout."}
+    )
+
+    # Parameters that control the critic
+    critic: str | None = field(default=None, metadata={"help": "'adapter', 'model' or 'none'; unset chooses."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic; None takes learning_rate."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_generations_eval not in (None, self.num_generations):
+            raise ValueError(
+                f"num_generations_eval={self.num_generations_eval} differs from num_generations={self.num_generations}: "
+                "evaluation samples as training does. Remove it."
+            )
+        if self.num_generations == 1:
+            self.num_generations = _One(1)
+        self.num_generations_eval = self.num_generations
+        super().__post_init__()
+        self.num_generations = self.num_generations_eval = int(self.num_generations)
+        self._check_parent_fields()
+        self._check_own_fields()
+
+    def _check_parent_fields(self) -> None:
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for name, (value, reason) in ONLY_VALUE.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not compose with PPO: {reason}. Leave it at {value!r}."
+                )
+        for name, default in defaults.items():
+            if name.startswith(("vllm_", "sapo_", "vespo_", "ref_model_", "entropy_coef_")) or name == "entropy_target":
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)!r} has no effect on PPO. Remove it.")
+        extra = set(self.generation_kwargs or {}) - _NEUTRAL_GENERATION_KWARGS
+        if extra:
+            raise ValueError(
+                f"generation_kwargs has {sorted(extra)}, which may change the distribution that is sampled from. "
+                f"Only {sorted(_NEUTRAL_GENERATION_KWARGS)} pass."
+            )
+
+    def _check_own_fields(self) -> None:
+        choices = {
+            "policy_objective": ("clip", "pg"),
+            "advantage_estimator": ("gae", "returns", "leave_one_out"),
+            "critic": (None, "adapter", "model", "none"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {allowed}.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        for name in ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_value"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off.")
+        for name in ("kl_coef", "vf_coef", "critic_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.adaptive_kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef=0 stays 0 under adaptive_kl_target, whose rule multiplies. Start above 0.")
+        if self.advantage_estimator == "leave_one_out" and self.num_generations < 2:
+            raise ValueError(
+                f"advantage_estimator='leave_one_out' with num_generations={self.num_generations} gives every advantage "
+                "0: a completion is compared with the others of its prompt. Set num_generations to 2 or more."
+            )
+        if self.critic == "none" and self.advantage_estimator == "gae":
+            raise ValueError("advantage_estimator='gae' needs values, but critic='none'. Use 'returns' or 'leave_one_out'.")
+        if self.advantage_estimator == "leave_one_out" and self.critic not in (None, "none"):
+            raise ValueError(f"critic={self.critic!r} is not read by advantage_estimator='leave_one_out'. Set it to 'none'.")
+        if self.bootstrap_truncated and self.critic == "none":
+            raise ValueError("bootstrap_truncated=True needs values, but critic='none'.")
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} is no multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix rollouts."
+            )
+        if self.policy_objective == "pg" and self.num_iterations * self.steps_per_generation != self.gradient_accumulation_steps:
+            raise ValueError(
+                "policy_objective='pg' has no ratio to correct for stale samples, so a rollout gives one optimizer "
+                f"step. Set num_iterations=1 and steps_per_generation={self.gradient_accumulation_steps} "
+                f"(now {self.num_iterations} and {self.steps_per_generation})."
+            )
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        config = super().to_dict()
+        kwargs = config.get("gradient_checkpointing_kwargs")
+        if kwargs and callable(kwargs.get("context_fn")):
+            # Loggers write this dictionary as JSON, which knows no functions.
+            config["gradient_checkpointing_kwargs"] = {**kwargs, "context_fn": kwargs["context_fn"].__name__}
+        return config

@@ -1,0 +1,482 @@
+"""PPO with a per-token KL reward and a critic, as three wraps around `GRPOTrainer`.
+
+Rooms below do the work: formulas in `functional/`, roles in `models/`. Here are only the seams. Shapes: B rows of this
+process, P prompt tokens (left-padded), C completion tokens (right-padded).
+"""
+
+import os
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoTokenizer
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
+
+from ..data.prompts import check_prompts, check_tokenizer
+from ..functional import (
+    AdaptiveKLController,
+    compute_gae,
+    discounted_returns,
+    estimate_kl,
+    leave_one_out_advantages,
+    masked_whiten,
+    shape_rewards,
+    value_loss,
+)
+from ..functional.statistics import ratio_statistics, rollout_statistics
+from ..models.adapters import save_scalar_adapter
+from ..models.build import build_roles, choose_critic, load_policy
+from ..models.positions import count_positions_from_mask
+from ..models.rewards import AdapterReward, resolve_rewards
+from ..models.roles import CRITIC, REWARD, base_of, checkpoint_context
+from ..models.scoring import ModelReward, last_token_scores
+from .ppo_config import PPOConfig
+
+
+class PPOTrainer(GRPOTrainer):
+    """
+    Trainer for RLHF with proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
+
+    Each rollout samples one completion per prompt, pays the reward's score on the last real token and minus
+    `kl_coef` x KL to the reference on every token, and trains policy and critic on it for `num_iterations` epochs.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Policy. A `PeftModel` goes on training its adapter; the reference is that adapter as it is now.
+        reward_funcs (`str`, `nn.Module`, `Callable`, or a list of these, *optional*):
+            Rewards: folders or ids of reward models, sequence classifiers with one label, Python functions with TRL's
+            signature. Summed with `args.reward_weights`.
+        args ([`PPOConfig`], *optional*):
+            Configuration.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
+            Rows with a column `prompt`, text or messages. Further columns reach the reward functions.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The policy's tokenizer; loaded from the model's folder if not given.
+        reward_processing_classes (tokenizer or list of tokenizers, *optional*):
+            One per reward. A reward model with the policy's vocabulary is fed the rollout's own token ids.
+        callbacks, optimizers, quantization_config:
+            As for [`~trl.GRPOTrainer`].
+        peft_config (`PeftConfig`, *optional*):
+            Puts a fresh adapter on the policy. The reference is then the bare base.
+        critic_model (`str`, `PreTrainedModel` or `PeftModel`, *optional*):
+            Critic of its own for `critic="model"`, a sequence classifier with one label and the policy's tokenizer.
+            If not given it starts as a copy of the reward model.
+        reward_adapter (`str`, *optional*):
+            Folder of a reward adapter that was trained on the same base. It is added to the policy's base, and the
+            critic (`critic="adapter"`) starts as a copy of it.
+
+    Raises:
+        ValueError: data, tokenizer, critic or rewards do not fit; before any training.
+    """
+
+    _tag_names = ["rlhf_ext", "ppo"]
+    _name = "PPO"
+    _paper = {
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": textwrap.dedent("""\
+            @article{schulman2017proximal,
+                title        = {{Proximal Policy Optimization Algorithms}},
+                author       = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+                year         = 2017,
+                eprint       = {arXiv:1707.06347},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: PPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        critic_model=None,
+        reward_adapter: str | None = None,
+    ):
+        args = PPOConfig("ppo") if args is None else args
+        set_seed(args.seed)  # adapters start at random
+        if isinstance(model, str):
+            kwargs = {**(args.model_init_kwargs or {})}
+            if quantization_config is not None:
+                kwargs["quantization_config"] = quantization_config
+            source, model = model, load_policy(model, trust_remote_code=args.trust_remote_code, **kwargs)
+            args.model_init_kwargs = None
+            if processing_class is None:
+                processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        elif quantization_config is not None:
+            raise ValueError("quantization_config has no effect on a model that is loaded already. Load it with it.")
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        check_tokenizer(tokenizer)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        for name, dataset in [("train_dataset", train_dataset), *_named(eval_dataset)]:
+            check_prompts(
+                dataset,
+                name,
+                tokenizer,
+                max_completion_length=args.max_completion_length,
+                max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+
+        batch_size = args.per_device_train_batch_size
+        rewards = resolve_rewards(
+            reward_funcs, reward_processing_classes, tokenizer, batch_size, trust_remote_code=args.trust_remote_code
+        )
+        if not rewards and reward_adapter is None:
+            raise ValueError("reward_funcs is empty and no reward_adapter was given: nothing would be rewarded.")
+        self.critic, critic_model = choose_critic(
+            args.critic,
+            base=model,
+            critic_model=critic_model,
+            reward_adapter=reward_adapter,
+            rewards=rewards,
+            reward_weights=args.reward_weights,
+            reads_values=args.advantage_estimator != "leave_one_out",
+            policy_processing_class=tokenizer,
+            trust_remote_code=args.trust_remote_code,
+        )
+        self.roles = build_roles(
+            model,
+            critic=self.critic,
+            critic_model=critic_model,
+            reward_adapter=reward_adapter,
+            peft_config=peft_config,
+            keep_reference=args.kl_coef > 0,
+        )
+        if reward_adapter is not None:
+            rewards = [AdapterReward(self.roles.model, tokenizer.pad_token_id, batch_size), *rewards]
+        if args.gradient_checkpointing and reward_adapter is not None:
+            given = args.gradient_checkpointing_kwargs or {}
+            if given.get("use_reentrant"):
+                raise ValueError("gradient_checkpointing_kwargs use_reentrant=True loses the critic's gradients. Set it to False.")
+            args.gradient_checkpointing_kwargs = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
+
+        self.roles.freeze()
+        super().__init__(
+            model=self.roles.model,
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.roles.unfreeze()
+
+        self.reference = self.roles.reference
+        if self.reference is not None:
+            add_fused_lm_head(self.reference, temperature=self.temperature)
+            count_positions_from_mask(self.reference.base_model)
+            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+        for reward in [func.reward for func in rewards if isinstance(getattr(func, "reward", None), ModelReward)]:
+            reward.eos_token_ids = set(self.eos_token_ids)
+            reward.model.to(self.accelerator.device)
+        self.kl_controller = None
+        if args.adaptive_kl_target is not None:
+            self.kl_controller = AdaptiveKLController(
+                args.kl_coef, target=args.adaptive_kl_target, horizon=args.kl_horizon
+            )
+        # The parent's loss keeps its log-probabilities to itself; its forward's output does not.
+        self._outputs = None
+        self.model.register_forward_hook(self._keep_outputs)
+
+    def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and getattr(output, "log_probs", None) is not None:
+            self._outputs = output.log_probs.detach()
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL in the reward of the next rollout."""
+        return self.args.kl_coef if self.kl_controller is None else self.kl_controller.kl_coef
+
+    # First wrap: keep the raw scores, and hand the prompt's ids to the reward functions
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        prompt_ids = self._tokenize_prompts(prompts)[0]
+        rows = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
+        rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        # A row that no function scored has no score; 0 would be one.
+        self._scores = torch.where(rewards_per_func.isnan().all(dim=1), torch.nan, weighted)
+        return rewards_per_func
+
+    # Second wrap: values, reference, rewards, advantages
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            rollout = self._complete_rollout(batch, mode)
+        for name in ("old_per_token_logps", "advantages", "values", "returns"):
+            if name in rollout:
+                batch[name] = rollout[name]
+        if self.args.policy_objective == "pg":
+            batch.pop("old_per_token_logps", None)
+        self._log_rollout(rollout, mode)
+        return batch
+
+    def _complete_rollout(self, batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
+        mask = _mask(batch)
+        rollout = {"mask": mask, "scores": self._own_rows(self._scores, len(mask))}
+        logps = batch.get("old_per_token_logps")
+        logps = self._logps(self.model, batch, mode) if logps is None else logps
+        rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
+        rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
+        if self.args.kl_coef > 0:
+            rollout["kl"] = torch.where(
+                mask, estimate_kl(logps, self._reference_logps(batch, mode), estimator="k1"), 0.0
+            )
+        scored = ~rollout["scores"].isnan()
+        rollout["rewards"] = shape_rewards(
+            torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
+        )
+        rollout["raw_rewards"] = rollout["rewards"]
+        if self.args.whiten_rewards:
+            rollout["rewards"] = self._whiten(rollout["rewards"], mask, shift_mean=False)
+        if self.critic != "none":
+            rollout |= self._values(batch, mode)
+        advantages, returns = self.compute_advantages(rollout)
+        rollout["raw_advantages"] = advantages
+        if self.args.whiten_advantages:
+            advantages = self._whiten(advantages, mask, shift_mean=True)
+        # The parent multiplies by the mask, so padding has to be finite; a row without a score teaches nothing.
+        rollout["advantages"] = torch.where(mask & scored[:, None], advantages, 0.0)
+        rollout["returns"] = returns
+        if "values" in rollout:
+            rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
+        return rollout
+
+    def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantages and returns of a rollout, before whitening. Override to try another estimator.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`):
+                `rewards`, `mask` and, with a critic, `values` of shape `(B, C)` (the value before token t), and
+                `bootstrap_values` of shape `(B,)` with `bootstrap_truncated`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both `(B, C)`, 0 where the mask is False.
+        """
+        rewards, mask, values = batch["rewards"], batch["mask"], batch.get("values")
+        if self.args.advantage_estimator == "leave_one_out":
+            per_row = self.accelerator.gather(rewards.sum(-1))
+            advantages = leave_one_out_advantages(per_row, group_size=self.num_generations)
+            advantages = torch.where(mask, self._own_rows(advantages, len(mask))[:, None], 0.0)
+            return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
+        if self.args.advantage_estimator == "gae":
+            return compute_gae(
+                rewards,
+                values,
+                mask,
+                gamma=self.args.gamma,
+                gae_lambda=self.args.gae_lambda,
+                bootstrap_values=batch.get("bootstrap_values"),
+            )
+        returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
+        return (returns if values is None else returns - values), returns
+
+    def _logps(self, model, batch, mode):
+        ids, mask = _rows(batch)
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        return self._get_per_token_logps_and_entropies(
+            model, input_ids=ids, attention_mask=mask, logits_to_keep=batch["completion_ids"].size(1), batch_size=size
+        )[0]
+
+    def _reference_logps(self, batch, mode):
+        if self.reference is not None:
+            return self._logps(self.reference, batch, mode)
+        with self.roles.switch.use(self.roles.reference_adapter):
+            return self._logps(self.model, batch, mode)
+
+    def _values(self, batch, mode):
+        ids, mask = _rows(batch)
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        outputs = torch.cat(
+            [
+                self.model(input_ids=i, attention_mask=m, role=CRITIC)
+                for i, m in zip(ids.split(size), mask.split(size), strict=True)
+            ]
+        )
+        values = {"values": torch.where(_mask(batch), _before_each_token(outputs, batch), 0.0)}
+        if self.args.bootstrap_truncated:
+            ended = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=ids.device))
+            cut = ~(ended & _mask(batch)).any(dim=1)
+            values["bootstrap_values"] = torch.where(cut, last_token_scores(outputs, mask), 0.0)
+        return values
+
+    # Third wrap: the value loss over the parent's own divisor
+
+    def _compute_loss(self, model, inputs):
+        loss = self.compute_policy_loss(inputs, model)
+        if self.critic == "none":
+            return loss
+        ids, attention_mask = _rows(inputs)
+        values = _before_each_token(model(input_ids=ids, attention_mask=attention_mask, role=CRITIC), inputs)
+        critic_loss, metrics = value_loss(
+            values, inputs["values"], inputs["returns"], _mask(inputs), epsilon_value=self.args.epsilon_value, reduction="sum"
+        )
+        divisor = self._loss_divisor(inputs)
+        self._log_means({"value_loss": critic_loss.detach() / divisor, "value/clip_fraction": metrics["value_clip_fraction"]})
+        return loss + self.args.vf_coef * critic_loss / divisor
+
+    def compute_policy_loss(self, batch: dict[str, torch.Tensor], model: nn.Module | None = None) -> torch.Tensor:
+        """Policy loss of one micro-batch, over the parent's divisor. Override to add a term.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`):
+                What `_generate_and_score_completions` returned, one slice of it.
+            model (`nn.Module`, *optional*):
+                The prepared model; the trainer's own if not given.
+        """
+        loss = super()._compute_loss(self.model if model is None else model, batch)
+        if "old_per_token_logps" in batch and self._outputs is not None:
+            logps = self._outputs[:, -batch["completion_ids"].size(1) :]
+            self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], _mask(batch)))
+        self._outputs = None
+        return loss
+
+    def _loss_divisor(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        # Mean number of tokens per optimizer step of the rollout and process: the parent's for `dapo`, pinned in
+        # tests/test_seams.py.
+        divisor = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return divisor
+
+    # Rows of all processes
+
+    def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
+        start = self.accelerator.process_index * rows
+        return gathered[start : start + rows]
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.dim() > 1:
+            rows = self.accelerator.pad_across_processes(rows, dim=1)
+        return self.accelerator.gather(rows)
+
+    def _whiten(self, rows: torch.Tensor, mask: torch.Tensor, shift_mean: bool) -> torch.Tensor:
+        whitened = masked_whiten(self._gather(rows), self._gather(mask.long()).bool(), shift_mean=shift_mean)
+        return self._own_rows(whitened, len(rows))[:, : rows.size(1)]
+
+    # What is logged
+
+    def _log_rollout(self, rollout: dict[str, torch.Tensor], mode: str) -> None:
+        everywhere = {
+            name: self._gather(rollout[key].long()).bool() if key == "mask" else self._gather(rollout[key])
+            for name, key in {
+                "scores": "scores",
+                "kl": "kl",
+                "rewards": "raw_rewards",
+                "advantages": "raw_advantages",
+                "mask": "mask",
+                "values": "values",
+                "returns": "returns",
+            }.items()
+            if key in rollout
+        }
+        statistics = rollout_statistics(**everywhere)
+        metrics = self._metrics[mode]
+        for name, value in statistics.items():
+            metrics[name].append(value.item())
+        metrics["kl_coef"].append(self.kl_coef)
+        # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
+        metrics.pop("frac_reward_zero_std", None)
+        per_row = everywhere["advantages"].sum(-1) / everywhere["mask"].sum(-1).clamp(min=1)
+        for _ in range(min(len(per_row), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(per_row.tolist())
+        if mode == "train" and self.kl_controller is not None:
+            self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
+
+    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(self.accelerator.gather(value.reshape(1)).mean().item())
+
+    # Optimizer and files
+
+    def create_optimizer(self, *args, **kwargs):
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.critic_learning_rate
+        if created and rate is not None and self.critic != "none":
+            critic = {id(p) for n, p in self.model.named_parameters() if _is_critic(n)}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in critic]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in critic]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint:
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: resuming PPO exactly is not part of this version, "
+                "and resuming it inexactly would go unnoticed. Start a new run from the saved policy and critic."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        state = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor for name, tensor in state.items() if not _is_foreign(name)})
+        if not self.args.should_save:
+            return
+        base = base_of(self.accelerator.unwrap_model(self.model))
+        if self.critic == "model":
+            prefix = next(n for n, _ in self.model.named_modules() if n.split(".")[-1] == CRITIC) + "."
+            own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            base.critic.save_pretrained(os.path.join(folder, CRITIC), state_dict=own)
+            self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
+        for name in (CRITIC, REWARD):
+            head = getattr(base, f"{name}_head", None)
+            if head is not None:
+                save_scalar_adapter(self.roles.model, name, head.weight, os.path.join(folder, name))
+                self.processing_class.save_pretrained(os.path.join(folder, name))
+
+
+def _named(eval_dataset) -> list[tuple[str, Any]]:
+    if isinstance(eval_dataset, dict):
+        return [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    return [("eval_dataset", eval_dataset)]
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`(B, C)` bool, True = a real token of the completion."""
+    return batch["completion_mask"].bool()
+
+
+def _rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of prompt and completion, both `(B, P + C)`."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _before_each_token(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """From `(B, P + C)` outputs the `(B, C)` ones one position before each completion token: V(s_t), a_t not yet seen."""
+    first = batch["prompt_ids"].size(1)
+    return outputs[:, first - 1 : -1]
+
+
+def _is_critic(name: str) -> bool:
+    parts = name.split(".")
+    return CRITIC in parts or f"{CRITIC}_head" in parts
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a parameter belongs to a role that has a folder of its own, so that a policy's file holds no foreign key."""
+    parts = name.split(".")
+    return _is_critic(name) or REWARD in parts or f"{REWARD}_head" in parts

@@ -1,0 +1,111 @@
+"""Configuration of [`PreferenceRewardTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import RewardConfig
+
+from ..models.pooling import AGGREGATIONS
+
+
+@dataclass
+class PreferenceRewardConfig(RewardConfig):
+    r"""
+    Configuration class for the [`PreferenceRewardTrainer`].
+
+    Only the parameters that [`~trl.RewardConfig`] does not have are listed; the others keep their meaning and their
+    defaults. `center_rewards_coefficient` and a `margin` column work with two completions per row, as in TRL, and are
+    refused with more.
+
+    Parameters:
+        > Parameters that control the reward
+
+        reward_aggregation (`str`, *optional*, defaults to `"last"`):
+            How a completion gets its number. `"last"`: the score at the last real token (Ziegler et al. 2019). `"sum"`:
+            the sum of the scores over the completion's tokens (Christiano et al. 2017).
+
+        > Parameters that control the loss
+
+        preference_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the preference loss (gamma in Askell et al. 2021).
+        lm_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the language-modelling term (beta in Askell et al. 2021). Only `0.0` is available in this version.
+        lm_reduction (`str`, *optional*, defaults to `"sum"`):
+            How the language-modelling term adds up a completion's tokens, `"sum"` or `"mean"`. Without effect while
+            `lm_coef` is 0; anything but the default is refused until then.
+        prediction_noise (`float`, *optional*, defaults to `0.0`):
+            Chance that the labeller answers at random; Christiano et al. 2017 use 0.1.
+
+        > Parameters that control the data preprocessing
+
+        overlong (`str`, *optional*, defaults to `"raise"`):
+            What to do with rows longer than `max_length`. They are dropped and counted; `"raise"` refuses a dataset in
+            which they are more than 1%% of the rows, `"drop"` does not.
+    """
+
+    # Parameters that control the reward
+    reward_aggregation: str = field(
+        default="last",
+        metadata={
+            "help": "How a completion gets its number. 'last': the score at the last real token (Ziegler et al. 2019). "
+            "'sum': the sum of the scores over the completion's tokens (Christiano et al. 2017).",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+
+    # Parameters that control the loss
+    preference_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the preference loss (gamma in Askell et al. 2021)."},
+    )
+    lm_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the language-modelling term (beta in Askell et al. 2021). Only 0.0 is available in this "
+            "version."
+        },
+    )
+    lm_reduction: str = field(
+        default="sum",
+        metadata={
+            "help": "How the language-modelling term adds up a completion's tokens, 'sum' or 'mean'. Without effect "
+            "while `lm_coef` is 0; anything but the default is refused until then.",
+            "choices": ["sum", "mean"],
+        },
+    )
+    prediction_noise: float = field(
+        default=0.0,
+        metadata={"help": "Chance that the labeller answers at random; Christiano et al. 2017 use 0.1."},
+    )
+
+    # Parameters that control the data preprocessing
+    overlong: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do with rows longer than `max_length`. They are dropped and counted; 'raise' refuses a "
+            "dataset in which they are more than 1%% of the rows, 'drop' does not.",
+            "choices": ["raise", "drop"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reward_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"`reward_aggregation` is {self.reward_aggregation!r}; choose one of {list(AGGREGATIONS)}."
+            )
+        if self.overlong not in ("raise", "drop"):
+            raise ValueError(f"`overlong` is {self.overlong!r}; choose 'raise' or 'drop'.")
+        if not self.preference_coef > 0.0:
+            raise ValueError(f"`preference_coef` is {self.preference_coef}; choose a number above 0.")
+        if not 0.0 <= self.prediction_noise < 1.0:
+            raise ValueError(f"`prediction_noise` is {self.prediction_noise}; choose a number from 0 to below 1.")
+        if self.lm_coef != 0.0 or self.lm_reduction != "sum":
+            raise ValueError(
+                f"`lm_coef` is {self.lm_coef} and `lm_reduction` is {self.lm_reduction!r}, but the language-modelling "
+                "term is not available in this version. Leave them at 0.0 and 'sum'."
+            )
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the loss does not read it. Use "
+                "`prediction_noise`, or soft labels in `target`."
+            )

@@ -1,0 +1,346 @@
+"""Reward trainer for every kind of preference: rows to scores to loss, and nothing else."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import RewardTrainer
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+
+from ..data.candidates import CANDIDATE_COLUMNS, drop_overlong, pair_to_candidates, tokenize_candidates
+from ..data.collators import DataCollatorForCandidates
+from ..data.preferences import (
+    PreferenceReport,
+    check_columns,
+    check_preferences,
+    column_names,
+    normalize_preferences,
+)
+from ..models.pooling import classifier_of, pool_by_attention_mask
+from ..models.reward_checkpoints import save_reward_config, set_head
+from .reward_config import PreferenceRewardConfig
+from .reward_loss import arrange_rewards, candidates_loss
+from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_config
+
+
+logger = get_logger(__name__)
+
+
+class PreferenceRewardTrainer(RewardTrainer):
+    """
+    Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
+
+    A [`~trl.RewardTrainer`] that takes more rows than pairs, reads the score at the last real token found by the
+    attention mask (so that a padding token which is also the end-of-sequence token changes nothing), and keeps the head
+    trained, saved and in fp32. With two hard-labelled completions per row the loss is the parent's bit for bit.
+
+    References: Christiano et al. 2017 (https://huggingface.co/papers/1706.03741), Ziegler et al. 2019
+    (https://huggingface.co/papers/1909.08593), Stiennon et al. 2020 (https://huggingface.co/papers/2009.01325).
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
+
+    >>> rows = [{"prompt": "2 + 2 =", "completions": [" 4", " 5", " fish"], "best": 0}]
+    >>> trainer = PreferenceRewardTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=PreferenceRewardConfig("reward-model"),
+    ...     train_dataset=Dataset.from_list(rows),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in the parent. A model id whose checkpoint has no head gets one drawn from N(0, 1/(d+1)), d the hidden
+            size (Stiennon et al. 2020, appendix B.1); an instance is taken as it is.
+        args ([`PreferenceRewardConfig`], *optional*):
+            Configuration.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Defaults to [`DataCollatorForCandidates`]; another one must give the same keys.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            TRL's pairs (text, messages, or tokenised `chosen_ids` and `rejected_ids`), or general rows
+            (`rlhf_ext.data.preferences`). Pairs may have a `margin`.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            The same for evaluation.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; loaded from the model's name by default. It must have an end-of-sequence token.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter. A copy of it is completed: `modules_to_save` gets the head `score`, which is kept out of LoRA, and
+            `task_type` becomes `"SEQ_CLS"`.
+        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config:
+            As in the parent.
+
+    Attributes:
+        preference_reports (`dict[str, PreferenceReport]`):
+            What became of the rows of each dataset.
+
+    Raises:
+        ValueError: before training, for rows, tokenizers, models and options that cannot work.
+        FloatingPointError: in training, if a score is not finite, naming the rows.
+    """
+
+    _tag_names = ["rlhf_ext", "preference-reward"]
+    _name = "PreferenceReward"
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: PreferenceRewardConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PreferenceRewardConfig(f"{name.split('/')[-1]}-PreferenceReward")
+        elif not isinstance(args, PreferenceRewardConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}; pass a `PreferenceRewardConfig`.")
+        if processing_class is not None:
+            _check_eos(processing_class, args.eos_token)
+        if peft_config is not None:
+            peft_config = score_peft_config(peft_config)
+
+        # Read before `super().__init__`, which loads the model and prepares the rows in one go.
+        if isinstance(model, str):
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            revision = options.get("revision")
+            config = AutoConfig.from_pretrained(
+                model, revision=revision, trust_remote_code=options["trust_remote_code"]
+            )
+            head = checkpoint_head(model, revision)
+        else:
+            config = model.config
+            head = {
+                name.split(".")[-1]: parameter.detach().clone()
+                for name, parameter in _active_head(classifier_of(model)).named_parameters()
+            }
+        self._context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.preference_reports: dict[str, PreferenceReport] = {}
+        # The parent rounds every trainable parameter of a quantised model to bf16, where adapters freeze at the
+        # learning rates of RLHF; what is frozen meanwhile keeps its bits.
+        frozen = []
+        if isinstance(model, PeftModel):
+            frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            check_adapter(model)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+        if data_collator is None:
+            self.data_collator = DataCollatorForCandidates(
+                pad_token_id=self.processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            )
+        base = classifier_of(self.model)
+        if head is None:
+            head = new_head(base, args.seed)
+        set_head(base.score, head)
+        if isinstance(self.model, PeftModel):
+            check_adapter(self.model)
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        pool_by_attention_mask(self.model, args.reward_aggregation)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: PreferenceRewardConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        columns = column_names(dataset)
+        if "candidate_ids" in columns:
+            return dataset
+        _check_eos(processing_class)
+        is_tokenized = {"chosen_ids", "rejected_ids"} <= set(columns)
+        streams = isinstance(dataset, IterableDataset)
+        options = {} if streams else {"num_proc": args.dataset_num_proc}
+        with global_then_local_main_first():
+            if is_tokenized or (check_columns(columns) and not streams):
+                # Text pairs are tokenised by the parent, so that they stay what TRL reads.
+                rows = None
+                report = PreferenceReport(max_candidates=2)
+                if not is_tokenized:
+                    labels, report = check_preferences(dataset)
+                    rows = [index for index, label in enumerate(labels) if label is not None]
+                    dataset = dataset.select(rows)
+                elif not streams:
+                    report.num_rows = len(dataset)
+                unlimited = copy.copy(args)
+                unlimited.max_length = None  # the parent drops long rows without a word; ours are counted below
+                dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
+                dataset = dataset.map(
+                    pair_to_candidates,
+                    with_indices=True,
+                    fn_kwargs={"processing_class": processing_class, "rows": rows},
+                    **options,
+                )
+            else:
+                dataset, report = normalize_preferences(dataset)
+                dataset = dataset.map(tokenize_candidates, fn_kwargs={"processing_class": processing_class}, **options)
+            limits = {"max_length": args.max_length, "context_length": self._context_length}
+            dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
+        if not streams:
+            report.num_prompt_mismatches = sum(dataset["prompt_mismatch"])
+            self._check_options(dataset, args)
+        self._report(dataset_name, report)
+        names = column_names(dataset)
+        return dataset.select_columns([name for name in CANDIDATE_COLUMNS if name in names])
+
+    def _check_options(self, dataset: Dataset, args: PreferenceRewardConfig) -> None:
+        wide = {row: len(ids) for row, ids in zip(dataset["row"], dataset["completion_starts"], strict=True)}
+        wide = {row: size for row, size in wide.items() if size > 2}
+        if wide and args.center_rewards_coefficient is not None:
+            raise ValueError(
+                f"`center_rewards_coefficient` is {args.center_rewards_coefficient} and works with two completions, but "
+                f"{len(wide)} rows have more: {dict(list(wide.items())[:8])}. Leave it at None."
+            )
+        if "margin" in dataset.column_names:
+            margins = zip(dataset["row"], dataset["margin"], dataset["target"], strict=True)
+            for row, margin, target in margins:
+                if margin is None or list(target or ()) != [1.0, 0.0]:
+                    raise ValueError(
+                        f"Row {row} has `margin` {margin} and the target {target}, but a margin is a number and works "
+                        "with pairs only. Remove the column, or give `chosen` and `rejected`."
+                    )
+
+    def _report(self, dataset_name: str, report: PreferenceReport) -> None:
+        self.preference_reports[dataset_name] = report
+        lost = report.num_incomparable + report.num_overlong + report.num_prompt_mismatches
+        (logger.warning if lost else logger.info)(f"Preference dataset {dataset_name!r}: {report}.")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in CANDIDATE_COLUMNS if name not in self._signature_columns]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """
+        The loss of a batch of candidates.
+
+        Does not call `super()`, which splits the scores in two halves and takes the first as chosen: K candidates, ties
+        and soft labels have no halves. For hard-labelled pairs the result is the parent's bit for bit, and a test
+        compares them. Logs the parent's keys; `accuracy` counts a tie one half.
+        """
+        mode = "train" if self.model.training else "eval"
+        pooling = {"completion_mask": inputs["completion_mask"]} if self.args.reward_aggregation == "sum" else {}
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **pooling
+        )
+        scores = outputs.logits.squeeze(-1)
+        candidate_mask = inputs["candidate_mask"]
+        rewards = arrange_rewards(scores, candidate_mask)
+        self._check_finite(rewards.detach(), inputs["rows"])
+        loss, metrics = candidates_loss(
+            rewards,
+            inputs["targets"].to(rewards.dtype),
+            inputs["rankings"],
+            candidate_mask,
+            prediction_noise=self.args.prediction_noise,
+            margin=inputs.get("margin"),
+        )
+        loss = self.args.preference_coef * loss
+        if self.args.center_rewards_coefficient is not None:
+            if rewards.shape[1] != 2:
+                raise ValueError("`center_rewards_coefficient` works with two completions per row. Leave it at None.")
+            loss = loss + self.args.center_rewards_coefficient * torch.mean((rewards[:, 0] + rewards[:, 1]) ** 2)
+        self._log_batch(mode, scores.detach(), inputs["attention_mask"], metrics)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, rewards: torch.Tensor, rows: torch.Tensor) -> None:
+        wrong = ~torch.isfinite(rewards).all(dim=1)
+        if wrong.any():
+            raise FloatingPointError(
+                f"Scores of rows {rows[wrong].tolist()} of the preference dataset are not finite at step "
+                f"{self.state.global_step}: {rewards[wrong].tolist()}. Look at these rows, lower `learning_rate`, or "
+                "train in bf16 or fp32 instead of fp16."
+            )
+
+    def _log_batch(
+        self, mode: str, scores: torch.Tensor, attention_mask: torch.Tensor, metrics: dict[str, torch.Tensor]
+    ) -> None:
+        gather = self.accelerator.gather_for_metrics
+        if mode == "train":
+            self._total_train_tokens += gather(attention_mask.sum()).sum().item() // self._tp_size
+        logged = self._metrics[mode]
+        logged["num_tokens"] = [self._total_train_tokens]
+        # Summaries and not scores are gathered: processes hold different numbers of candidates.
+        summary = torch.stack([scores.min(), scores.max(), scores.sum(), scores.new_tensor(float(len(scores)))])
+        low, high, total, count = self.accelerator.gather(summary[None]).unbind(dim=1)
+        logged["min_reward"].append(low.min().item())
+        logged["mean_reward"].append((total.sum() / count.sum()).item())
+        logged["max_reward"].append(high.max().item())
+        for name in ("accuracy", "margin"):
+            logged[name].append(gather(metrics[name]).mean().item())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        base = classifier_of(self.model)
+        dtype = None if getattr(base, "quantization_method", None) else base.dtype
+        save_reward_config(output_dir or self.args.output_dir, self.args.reward_aggregation, dtype)
+
+
+def _active_head(base: PreTrainedModel) -> nn.Module:
+    copies = getattr(base.score, "modules_to_save", None)
+    return base.score if copies is None else copies[base.score.active_adapters[0]]
+
+
+def _check_eos(processing_class: PreTrainedTokenizerBase, eos_token: str | None = None) -> None:
+    if processing_class.eos_token is None and eos_token is None:
+        raise ValueError(
+            "`processing_class.eos_token` is None, so a finished completion cannot be told from a cut one. Set "
+            "`eos_token` of the tokenizer, or of the `PreferenceRewardConfig`."
+        )
