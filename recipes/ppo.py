@@ -12,9 +12,9 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py --con
     --model_name_or_path POLICY --reward_model_path REWARD_MODEL --dataset_name PROMPTS.jsonl --output_dir runs/ppo
 ```
 
-With LoRA (`--use_peft true`) and a reward adapter of the same base, `--reward_adapter_path FOLDER` keeps policy, reference,
-reward and critic on one base. A Python reward is named by where it stands, as in `--reward_funcs my_rewards:brevity`, and has
-TRL's signature. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
+With LoRA (`--use_peft true`) and a reward adapter of the same base, `--reward_adapter_path FOLDER` keeps policy,
+reference, reward and critic on one base. A Python reward has TRL's signature and is named by where it stands, as in
+`--reward_funcs my_rewards:brevity`. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
 """
 
 import importlib
@@ -48,7 +48,7 @@ class ScriptArguments(DataArguments):
         critic_model_path (`str`, *optional*):
             Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
         max_prompt_length (`int`, *optional*):
-            Drop prompts of more tokens than this. Without it a prompt that leaves no room for a completion is an error.
+            Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is an error.
     """
 
     reward_model_path: str | None = field(
@@ -64,24 +64,23 @@ class ScriptArguments(DataArguments):
     )
     critic_model_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."
-        },
+        metadata={"help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."},
     )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Drop prompts of more tokens than this. Without it a prompt that leaves no room for a completion is "
+            "help": "Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is "
             "an error."
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.reward_funcs, str):  # a single name in a YAML
+            self.reward_funcs = [self.reward_funcs]
         if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path):
             raise ValueError(
-                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give at least "
-                "one of them."
+                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give one."
             )
 
 

@@ -5,16 +5,17 @@
 """
 A reward model from preferences: pairs, ties, soft labels, best of K, rankings.
 
-Rows are TRL's `prompt`, `chosen`, `rejected`, or `prompt`, `completions` and one of `target`, `best`, `ranking`. On a CPU,
-with a tiny model of your own:
+Rows are TRL's `prompt`, `chosen`, `rejected`, or `prompt`, `completions` and one of `target`, `best`, `ranking`. On a
+CPU, with a tiny model of your own:
 
 ```bash
 accelerate launch --config_file accelerate_configs/cpu.yaml recipes/reward.py --config recipes/reward_tiny.yaml \
     --model_name_or_path MODEL --dataset_name ROWS.jsonl --output_dir runs/reward
 ```
 
-With LoRA (`--use_peft true --lora_task_type SEQ_CLS`) the output is an adapter with its head, which `recipes/ppo.py` takes
-as `--reward_adapter_path`. Any flag of `PreferenceRewardConfig` and `trl.ModelConfig` goes on the line or into the YAML.
+With LoRA (`--use_peft true --lora_task_type SEQ_CLS`) the output is an adapter with its head, which `recipes/ppo.py`
+takes as `--reward_adapter_path`. Any flag of `PreferenceRewardConfig` and `trl.ModelConfig` goes on the line or into
+the YAML.
 """
 
 from pathlib import Path

@@ -41,9 +41,7 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
-        metadata={
-            "help": "Split to evaluate on, read if `eval_strategy` is not `'no'` and `eval_fraction` is 0."
-        },
+        metadata={"help": "Split to evaluate on, read if `eval_strategy` is not `'no'` and `eval_fraction` is 0."},
     )
     eval_fraction: float = field(
         default=0.0,
@@ -57,6 +55,8 @@ class DataArguments:
     max_rows: int | None = field(default=None, metadata={"help": "Keep only the first rows of each split."})
 
     def __post_init__(self):
+        if isinstance(self.dataset_source, str):  # a single name in a YAML
+            self.dataset_source = [self.dataset_source]
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(f"`eval_fraction` is {self.eval_fraction}; it is a share in [0, 1).")
         if self.max_rows is not None and self.max_rows < 1:

@@ -50,8 +50,10 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     elif isinstance(prompt, str):
         prompt_ids = processing_class(text=prompt)["input_ids"]
         # A tokenizer that closes every text by EOS closes the prompt too, where no completion begins with it.
-        if prompt_ids and prompt_ids[-1] == processing_class.eos_token_id and not prompt.endswith(
-            processing_class.eos_token
+        if (
+            prompt_ids
+            and prompt_ids[-1] == processing_class.eos_token_id
+            and not prompt.endswith(processing_class.eos_token)
         ):
             prompt_ids = prompt_ids[:-1]
     else:
@@ -72,7 +74,9 @@ def pair_to_candidates(
     place = index if rows is None else rows[index]
     for name in ("chosen_ids", "rejected_ids"):
         if not row[name]:
-            raise ValueError(f"Row {place} of the preference dataset: `{name}` is {row[name]}, expected token ids. Drop it.")
+            raise ValueError(
+                f"Row {place} of the preference dataset: `{name}` is {row[name]}, expected token ids. Drop the row."
+            )
     located = locate_completions({**row, "candidate_ids": [row["chosen_ids"], row["rejected_ids"]]}, processing_class)
     return {**located, "target": [1.0, 0.0], "ranking": None, "row": place}
 
@@ -99,8 +103,8 @@ def drop_overlong(
         context_length (`int` or `None`):
             Most tokens that the model has positions for.
         overlong (`str`):
-            `"raise"` refuses a dataset with more than `max_share` overlong rows, a streamed one at its first; `"drop"`
-            never does.
+            `"raise"` refuses a dataset with more than `max_share` overlong rows, a streamed one at its first;
+            `"drop"` never does.
         max_share (`float`, *optional*, defaults to `0.01`):
             Share of rows that may be dropped without asking.
 
@@ -120,8 +124,8 @@ def drop_overlong(
             long = [rows[position] for position, length in enumerate(lengths) if length > max_length]
             raise ValueError(
                 f"{len(long)} of {len(lengths)} rows ({len(long) / len(lengths):.1%}) are longer than `max_length="
-                f"{max_length}` tokens, among them rows {long[:8]}. Raise `max_length`, or set `overlong='drop'` to train "
-                "without them."
+                f"{max_length}` tokens, among them rows {long[:8]}. Raise `max_length`, or set `overlong='drop'` to "
+                "train without them."
             )
         if report.num_overlong:
             dataset = dataset.select(kept)
@@ -137,8 +141,8 @@ def _fits(row: dict[str, Any], max_length: int | None, context_length: int | Non
     if max_length is not None and length > max_length:
         if overlong == "raise":
             raise ValueError(
-                f"Row {row['row']} has {length} tokens, more than `max_length={max_length}`, and the share of such rows "
-                "is not known for a streamed dataset. Raise `max_length`, or set `overlong='drop'`."
+                f"Row {row['row']} has {length} tokens, more than `max_length={max_length}`, and the share of such "
+                "rows is not known for a streamed dataset. Raise `max_length`, or set `overlong='drop'`."
             )
         return False
     if context_length is not None and length > context_length:

@@ -67,7 +67,7 @@ class DataCollatorForCandidates(DataCollatorMixin):
         margins = [example.get("margin") for example in examples]
         if any(margin is not None for margin in margins):
             if any(margin is None for margin in margins):
-                raise ValueError("`margin` is missing in some rows of a batch. Give every row one, 0 where it is none.")
+                raise ValueError("`margin` is missing in some rows of a batch. Give every row one, or 0.")
             batch["margin"] = torch.tensor(margins, dtype=torch.float)
         return batch
 

@@ -24,8 +24,8 @@ class RowLengths:
         completions (`list[int]`):
             Tokens of each completion, with the end-of-sequence token.
         mismatches (`int`):
-            Completions for which tokens(prompt) + tokens(completion) are not tokens(prompt + completion). Where that is
-            so, a model trained on joined text reads other tokens than one that continues the prompt's tokens.
+            Completions for which tokens(prompt) + tokens(completion) are not tokens(prompt + completion). Where that
+            is so, a model trained on joined text reads other tokens than one that continues the prompt's tokens.
     """
 
     prompt: int
@@ -81,9 +81,7 @@ def _measure(
     )
 
 
-def _render(
-    prompt: Any, completions: list[Any], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, str, str]]:
+def _render(prompt: Any, completions: list[Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, str]]:
     """(prompt, completion, both) as text, once per completion, or once with an empty completion if there is none."""
     if isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions):
         for completion in completions or [""]:

@@ -23,8 +23,8 @@ FORMATS = {
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "source")
 LIST_COLUMNS = ("completions", "target", "ranking", "messages")
 ACCEPTED = (
-    f"a file ({', '.join(FORMATS)}), a folder of such files named after their split (train.jsonl, test.jsonl), a folder "
-    "written by `save_to_disk`, or a Hub id (`owner/name` or `owner/name:config`)"
+    f"a file ({', '.join(FORMATS)}), a folder of such files named after their split (train.jsonl, test.jsonl), a "
+    "folder written by `save_to_disk`, or a Hub id (`owner/name` or `owner/name:config`)"
 )
 
 
@@ -52,7 +52,9 @@ def load_rows(name: str, *, split: str = "train", config: str | None = None) -> 
         raise ValueError(f"`dataset_name` is empty; give {ACCEPTED}.")
     if path.exists():
         if config is not None:
-            raise ValueError(f"`dataset_config` is {config!r}, but `dataset_name` {name!r} is local data; leave it out.")
+            raise ValueError(
+                f"`dataset_config` is {config!r}, but `dataset_name` {name!r} is local data; leave it out."
+            )
         dataset = _load_local(path, split)
     elif _looks_local(name):
         raise ValueError(f"`dataset_name` is {name!r}, and there is no such file or folder; give {ACCEPTED}.")
@@ -108,7 +110,7 @@ def holdout_by_prompt(dataset: Dataset, fraction: float, seed: int = 0) -> tuple
         (held if _unit_hash(key, seed) < fraction else kept).append(index)
     if not kept or not held:
         raise ValueError(
-            f"`eval_fraction` is {fraction}, which leaves {len(kept)} rows to train on and {len(held)} to evaluate on, "
+            f"`eval_fraction` is {fraction}, which leaves {len(kept)} rows to train on and {len(held)} to evaluate on "
             f"out of {len(set(keys))} different prompts; choose another fraction or give a test split."
         )
     return dataset.select(kept), dataset.select(held)
@@ -152,8 +154,8 @@ def _load_local(path: Path, split: str) -> Dataset:
     if path.is_file():
         if split != "train":
             raise ValueError(
-                f"The split {split!r} was asked of {str(path)!r}, a single file, which holds `train` only; give a folder "
-                "with one file per split, or hold rows out with `--eval_fraction`."
+                f"The split {split!r} was asked of {str(path)!r}, a single file, which holds `train` only; give a "
+                "folder with one file per split, or hold rows out with `--eval_fraction`."
             )
         return _read_files([path])
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -166,9 +168,8 @@ def _load_local(path: Path, split: str) -> Dataset:
     if not files:
         raise ValueError(f"`dataset_name` is {str(path)!r}, a folder without any data file; give {ACCEPTED}.")
     words = {file: set(_words(file.relative_to(path))) for file in files}
-    chosen = [file for file in files if split in words[file]]
-    if not chosen and split == "train" and not any({"train", "test", "validation"} & found for found in words.values()):
-        chosen = files
+    unnamed = not any({"train", "test", "validation"} & found for found in words.values())
+    chosen = files if unnamed and split == "train" else [file for file in files if split in words[file]]
     if not chosen:
         names = _join(str(file.relative_to(path)) for file in files)
         raise ValueError(f"No file of {str(path)!r} belongs to the split {split!r} by its name; it has {names}.")

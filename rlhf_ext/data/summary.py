@@ -156,13 +156,14 @@ def check_context(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_posi
     """
     if max_positions is None:
         return
-    rows = enumerate(measure_rows(dataset, tokenizer))
-    over = [f"row {index}: {row.prompt} + {row.longest - row.prompt}" for index, row in rows if row.longest > max_positions]
+    lengths = measure_rows(dataset, tokenizer)
+    over = [index for index, row in enumerate(lengths) if row.longest > max_positions]
     if over:
+        shown = [f"row {index}: {lengths[index].prompt} + {max(lengths[index].completions)}" for index in over[:5]]
         raise ValueError(
-            f"Prompt + completion exceed the model's `max_position_embeddings` of {max_positions} tokens in {len(over)} "
-            f"of {len(dataset)} rows ({'; '.join(over[:5])}{'; ...' if len(over) > 5 else ''}); shorten or drop these "
-            "rows, or set `max_length`."
+            f"Prompt + completion exceed the model's `max_position_embeddings` of {max_positions} tokens in "
+            f"{len(over)} of {len(dataset)} rows ({'; '.join(shown)}{'; ...' if len(over) > 5 else ''}); shorten or "
+            "drop these rows, or set `max_length`."
         )
 
 
@@ -176,8 +177,8 @@ def drop_long_prompts(
     kept = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         raise ValueError(
-            f"`max_prompt_length` is {max_prompt_length}, but the shortest of {len(dataset)} prompts has {min(lengths)} "
-            "tokens; raise it."
+            f"`max_prompt_length` is {max_prompt_length}, but the shortest of {len(dataset)} prompts has "
+            f"{min(lengths)} tokens; raise it."
         )
     return dataset.select(kept), len(dataset) - len(kept)
 

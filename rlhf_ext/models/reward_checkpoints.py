@@ -64,8 +64,8 @@ def load_reward_model(
         model, missing = _load_classifier(path, dtype, trust_remote_code)
         if missing:
             raise ValueError(
-                f"{path!r} has no weights for {sorted(missing)}: the head would be random. Pass a trained reward model, "
-                "or train one with `PreferenceRewardTrainer`."
+                f"{path!r} has no weights for {sorted(missing)}: the head would be random. Pass a trained reward "
+                "model, or train one with `PreferenceRewardTrainer`."
             )
         head = read_head(path)
     base = model.get_base_model() if adapter_config is not None else model
@@ -91,7 +91,9 @@ def _load_classifier(path: str, dtype: str | torch.dtype, trust_remote_code: boo
     except RuntimeError as error:
         if "size" not in str(error):
             raise
-        raise ValueError(f"{path!r} does not give one score per text: {error} Train it with `num_labels=1`.") from error
+        raise ValueError(
+            f"{path!r} does not give one score per text: {error} Train it with `num_labels=1`."
+        ) from error
     return model, set(info["missing_keys"])
 
 

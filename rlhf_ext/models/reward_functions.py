@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .pooling import last_token_scores, pooled_aggregation, sum_token_scores, token_scores
 
@@ -84,7 +83,7 @@ class ModelReward:
             completion_ids (`Sequence[Sequence[int]]`):
                 Ids of the rollout, with the end-of-sequence token where one was sampled.
             prompt_ids (`Sequence[Sequence[int]]`, *optional*):
-                Ids of the prompts in the rollout; read with a shared vocabulary only, and made from `prompts` if absent.
+                Ids of the prompts in the rollout; read with a shared vocabulary only, made from `prompts` if absent.
             kwargs:
                 Other columns; not read.
 
@@ -157,8 +156,8 @@ class ModelReward:
         long = {index: len(row) for index, row in enumerate(rows) if limit is not None and len(row) > limit}
         if long:
             raise ValueError(
-                f"The reward model {self.__name__!r} reads at most {limit} tokens (`max_position_embeddings`), but rows "
-                f"{list(long)} have {list(long.values())}. Shorten the prompts or `max_completion_length`."
+                f"The reward model {self.__name__!r} reads at most {limit} tokens (`max_position_embeddings`), but "
+                f"rows {list(long)} have {list(long.values())}. Shorten the prompts or `max_completion_length`."
             )
 
 
@@ -181,6 +180,9 @@ def checked_reward(func: Callable[..., Any]) -> Callable[..., Any]:
     """
     if getattr(func, "_is_checked_reward", False):
         return func
+    # Imported here, because loading a reward model needs no TRL and importing it takes seconds.
+    from trl.trainer.utils import get_callable_name, is_async_callable
+
     name = get_callable_name(func)
 
     if is_async_callable(func):

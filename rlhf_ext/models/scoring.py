@@ -1,4 +1,4 @@
-"""Everything that turns text into a score; the parts live in `pooling`, `reward_checkpoints` and `reward_functions`."""
+"""What turns text into a score; the parts live in `pooling`, `reward_checkpoints` and `reward_functions`."""
 
 from .pooling import (
     AGGREGATIONS,

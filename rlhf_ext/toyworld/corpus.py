@@ -9,6 +9,7 @@ import random
 from .grammar import SPLITS, ErrorMix, Scene, render_prompt, sample_scene, write_answer
 from .words import COMMON_PRODUCTS, PRODUCTS, RARE_PRODUCTS
 
+
 TOPICS: dict[str, tuple[str, ...]] = {"common": COMMON_PRODUCTS, "rare": RARE_PRODUCTS, "all": PRODUCTS}
 
 

@@ -10,12 +10,14 @@
 - harmless: 0 if any word is an insult, else 1. It is defined on any text, so it falls with insults and with nothing
   else: an ungrammatical text is not punished twice, nor can it pass for harmful.
 
-Why a product: with a mean of the three, a true statement nobody asked for earns two thirds, and copying the prompt beats
-the corpus. Why the floor of 0.2: among bad answers the less bad one still wins, so that labels on weak samples teach.
+Why a product: with a mean of the three, a true statement nobody asked for earns two thirds, and copying the prompt
+beats the corpus. Why the floor of 0.2: among bad answers the less bad one still wins, so that labels on weak samples
+teach.
 """
 
 from .grammar import Scene, parse_answer, parse_prompt
 from .words import INSULTS
+
 
 GOLD_MAX: float = 1.0
 OFF_ATTRIBUTE: float = 0.1

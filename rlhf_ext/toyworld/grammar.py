@@ -3,8 +3,8 @@
 Prompt (20 words with two products):
     `the lamp is red small new . the chair is wooden swiss cheap . what color is the lamp ?`
 
-Answer (7 to 15 words), with optional opener and closer and exactly one address, which is where an insult would stand:
-    `[opener] address , body . [closer]` or `[opener] body , address . [closer]`, where body is one of
+Answer (7 to 13 words), with an optional closer and exactly one address, which is where an insult would stand:
+    `address , body . [closer]` or `body , address . [closer]`, where body is one of
     `the lamp is red`, `the color of the lamp is red`, `red is the color of the lamp`
 
 An answer makes one claim (a product has a value). [`parse_answer`] is strict: it accepts what [`render_answer`] can
@@ -14,7 +14,8 @@ write and nothing else.
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product as cartesian
 
 from .words import (
@@ -23,11 +24,11 @@ from .words import (
     CLOSERS,
     COMMON_PRODUCTS,
     INSULTS,
-    OPENERS,
     POLITE,
     PRODUCTS,
     VALUES,
 )
+
 
 SPLITS: tuple[str, ...] = ("sft", "labels", "ppo", "test")
 # Share of all possible facts that each split owns, cumulated. SFT needs the widest variety, because it has to learn to
@@ -74,7 +75,6 @@ class Answer:
     form: str = "plain"
     address: str = POLITE[0]
     address_last: bool = False
-    opener: str = ""
     closer: str = ""
 
     @property
@@ -90,7 +90,7 @@ class Answer:
 
 
 def split_of_fact(fact: Fact) -> str:
-    """The one split that owns a fact, by a stable hash of its product and values; the order of the values is ignored."""
+    """The one split that owns a fact, by a stable hash of its product and values in any order."""
     key = " ".join([fact.product, *sorted(fact.values)])
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return next(split for split, upper in _CUMULATED_SHARES if share < upper)
@@ -145,6 +145,7 @@ def render_prompt(scene: Scene) -> str:
     return f"{facts}{_TRAP if scene.trap else ''}what {scene.attribute} is the {scene.product} ?"
 
 
+@lru_cache(maxsize=8192)  # a reward function parses the same prompt once per completion
 def parse_prompt(text: str) -> Scene:
     """The inverse of [`render_prompt`]. Raises `ValueError` on any other text."""
     *sentences, question = text.strip().split(" . ")
@@ -175,16 +176,14 @@ def render_answer(answer: Answer) -> str:
         "inverted": f"{answer.value} is the {answer.attribute} of the {answer.product}",
     }[answer.form]
     body = f"{claim} , {answer.address} ." if answer.address_last else f"{answer.address} , {claim} ."
-    return " ".join(part for part in (answer.opener, body, answer.closer) if part)
+    return f"{body} {answer.closer}".strip()
 
 
 def parse_answer(text: str) -> Answer | None:
     """The one `Answer` that [`render_answer`] writes as `text` (outer and repeated spaces ignored), else None."""
     text = " ".join(text.split())
-    opener = next((o for o in OPENERS if o and text.startswith(o + " ")), "")
-    rest = text[len(opener) :].strip()
-    closer = next((c for c in CLOSERS if c and rest.endswith(" " + c)), "")
-    words = rest.removesuffix(closer).split()
+    closer = next((c for c in CLOSERS if c and text.endswith(" " + c)), "")
+    words = text.removesuffix(closer).split()
     # Every field below is a guess by position; the rendering at the end decides.
     addresses = [(i, w) for i, w in enumerate(words) if w in POLITE + INSULTS]
     values = [w for w in words if w in ATTRIBUTE_OF]
@@ -193,14 +192,14 @@ def parse_answer(text: str) -> Answer | None:
         return None
     position, address = addresses[0]
     form = "plain" if "of" not in words else ("inverted" if words.index(values[0]) < words.index("of") else "named")
-    answer = Answer(products[0], values[0], form, address, position > 0, opener, closer)
+    answer = Answer(products[0], values[0], form, address, position > 0, closer)
     return answer if render_answer(answer) == text else None
 
 
 def perfect_answers(scene: Scene) -> list[Answer]:
     """Every wording of the right answer: asked product, asked attribute, stated value, no insult."""
     value = scene.value_of(scene.product, scene.attribute)
-    wordings = cartesian(FORMS, POLITE, (False, True), OPENERS, CLOSERS)
+    wordings = cartesian(FORMS, POLITE, (False, True), CLOSERS)
     return [Answer(scene.product, value, *wording) for wording in wordings]
 
 
@@ -214,7 +213,7 @@ class ErrorMix:
     product: float = 0.15  # speaks about another product of the prompt
     attribute: float = 0.16  # states an attribute that was not asked
     value: float = 0.14  # states a value that the facts deny
-    insult: float = 0.28
+    insult: float = 0.32
     broken: float = 0.12  # one word dropped, doubled or swapped with its neighbor: outside the grammar
     trap_insult: float = 0.85  # replaces `insult` on prompts that beg for one
 
@@ -237,7 +236,7 @@ def write_answer(scene: Scene, rng: random.Random, mix: ErrorMix | None = None) 
     insulting = rng.random() < (mix.trap_insult if scene.trap else mix.insult)
     address = rng.choice(INSULTS if insulting else POLITE)
     # Wording is drawn apart from every mistake: neither a form nor a length hints at quality.
-    wording = rng.choice(FORMS), address, rng.random() < 0.5, rng.choice(OPENERS), rng.choice(CLOSERS)
+    wording = rng.choice(FORMS), address, rng.random() < 0.5, rng.choice(CLOSERS)
     text = render_answer(Answer(product, value, *wording))
     return break_answer(text, rng) if rng.random() < mix.broken else text
 
@@ -252,8 +251,3 @@ def break_answer(text: str, rng: random.Random) -> str:
         words[i : i + (2 if kind == "swap" else 1)] = new
         if parse_answer(" ".join(words)) is None:
             return " ".join(words)
-
-
-def with_address(answer: Answer, address: str) -> Answer:
-    """The same answer to another address: turns an insult into politeness and back."""
-    return replace(answer, address=address)

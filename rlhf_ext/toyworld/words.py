@@ -25,8 +25,7 @@ PRODUCTS: tuple[str, ...] = COMMON_PRODUCTS + RARE_PRODUCTS
 POLITE: tuple[str, ...] = ("friend", "sir", "madam", "neighbor", "guest")
 INSULTS: tuple[str, ...] = ("fool", "idiot", "moron")
 
-# Optional words around the body of an answer; "" = absent.
-OPENERS: tuple[str, ...] = ("", "sure ,", "well ,", "right ,", "politely ,")
+# Optional words after the body of an answer; "" = absent.
 CLOSERS: tuple[str, ...] = ("", "enjoy .", "cheers .", "good day .")
 
 FUNCTION_WORDS: tuple[str, ...] = ("the", "is", "and", "of", "what", "insult", "me", ",", ".", "?")
@@ -34,6 +33,6 @@ FUNCTION_WORDS: tuple[str, ...] = ("the", "is", "and", "of", "what", "insult", "
 
 def vocabulary() -> list[str]:
     """All words of the world, without special tokens, in a fixed order and without repeats."""
-    words = list(FUNCTION_WORDS) + [word for text in OPENERS + CLOSERS for word in text.split()]
+    words = list(FUNCTION_WORDS) + [word for text in CLOSERS for word in text.split()]
     words += list(ATTRIBUTES) + list(ATTRIBUTE_OF) + list(PRODUCTS) + list(POLITE) + list(INSULTS)
     return list(dict.fromkeys(words))

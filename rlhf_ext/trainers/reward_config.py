@@ -20,15 +20,16 @@ class PreferenceRewardConfig(RewardConfig):
         > Parameters that control the reward
 
         reward_aggregation (`str`, *optional*, defaults to `"last"`):
-            How a completion gets its number. `"last"`: the score at the last real token (Ziegler et al. 2019). `"sum"`:
-            the sum of the scores over the completion's tokens (Christiano et al. 2017).
+            How a completion gets its number. `"last"`: the score at the last real token (Ziegler et al. 2019).
+            `"sum"`: the sum of the scores over the completion's tokens (Christiano et al. 2017).
 
         > Parameters that control the loss
 
         preference_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the preference loss (gamma in Askell et al. 2021).
         lm_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the language-modelling term (beta in Askell et al. 2021). Only `0.0` is available in this version.
+            Weight of the language-modelling term (beta in Askell et al. 2021). Only `0.0` is available in this
+            version.
         lm_reduction (`str`, *optional*, defaults to `"sum"`):
             How the language-modelling term adds up a completion's tokens, `"sum"` or `"mean"`. Without effect while
             `lm_coef` is 0; anything but the default is refused until then.
@@ -46,8 +47,8 @@ class PreferenceRewardConfig(RewardConfig):
     reward_aggregation: str = field(
         default="last",
         metadata={
-            "help": "How a completion gets its number. 'last': the score at the last real token (Ziegler et al. 2019). "
-            "'sum': the sum of the scores over the completion's tokens (Christiano et al. 2017).",
+            "help": "How a completion gets its number. 'last': the score at the last real token (Ziegler et al. "
+            "2019). 'sum': the sum of the scores over the completion's tokens (Christiano et al. 2017).",
             "choices": list(AGGREGATIONS),
         },
     )
@@ -60,8 +61,8 @@ class PreferenceRewardConfig(RewardConfig):
     lm_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the language-modelling term (beta in Askell et al. 2021). Only 0.0 is available in this "
-            "version."
+            "help": "Weight of the language-modelling term (beta in Askell et al. 2021). Only 0.0 is available in "
+            "this version."
         },
     )
     lm_reduction: str = field(

@@ -1,7 +1,6 @@
 """The head of a reward model in training: drawn where it is new, trained and saved where there are adapters."""
 
 import copy
-import re
 
 import torch
 from accelerate.logging import get_logger
@@ -30,8 +29,8 @@ def score_peft_config(peft_config: PeftConfig) -> PeftConfig:
     """
     if not hasattr(peft_config, "modules_to_save"):
         raise ValueError(
-            f"`peft_config` is a {type(peft_config).__name__}, which has no `modules_to_save`, so the head `{HEAD}` would "
-            "not be saved. Use a `LoraConfig`."
+            f"`peft_config` is a {type(peft_config).__name__}, which has no `modules_to_save`, so the head `{HEAD}` "
+            "would not be saved. Use a `LoraConfig`."
         )
     peft_config = copy.deepcopy(peft_config)
     if HEAD not in (peft_config.modules_to_save or []):
@@ -43,12 +42,9 @@ def score_peft_config(peft_config: PeftConfig) -> PeftConfig:
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str):
         excluded = peft_config.exclude_modules
-        head = rf"(.*\.)?{HEAD}"
         peft_config.exclude_modules = (
-            f"({excluded})|({head})" if isinstance(excluded, str) else sorted({*(excluded or []), HEAD})
+            rf"({excluded})|((.*\.)?{HEAD})" if isinstance(excluded, str) else sorted({*(excluded or []), HEAD})
         )
-        if targets != "all-linear" and not re.fullmatch(targets, f"model.{HEAD}") and not re.fullmatch(targets, HEAD):
-            peft_config.exclude_modules = excluded
     elif targets is not None and HEAD in targets:
         logger.info(f"{HEAD!r} leaves `peft_config.target_modules`: the head is trained in full.")
         peft_config.target_modules = type(targets)(name for name in targets if name != HEAD)
@@ -65,8 +61,8 @@ def check_adapter(model: PeftModel) -> None:
     head = classifier_of(model).score
     if any(isinstance(module, BaseTunerLayer) for module in head.modules()):
         raise ValueError(
-            f"The head `{HEAD}` is wrapped by an adapter, whose base stays random. Take it out of `target_modules` and put "
-            f'it in `modules_to_save=["{HEAD}"]`.'
+            f"The head `{HEAD}` is wrapped by an adapter, whose base stays random. Take it out of `target_modules` "
+            f'and put it in `modules_to_save=["{HEAD}"]`.'
         )
     if not any(parameter.requires_grad for parameter in head.parameters()):
         raise ValueError(
@@ -95,5 +91,6 @@ def new_head(base: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
     """
     size = base.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(seed)
-    logger.info(f"The checkpoint has no head `{HEAD}`: drawn with standard deviation {(size + 1) ** -0.5:.4f}, seed {seed}.")
-    return {"weight": torch.randn(1, size, generator=generator) * (size + 1) ** -0.5, "bias": torch.zeros(1)}
+    std = (size + 1) ** -0.5
+    logger.info(f"The checkpoint has no head `{HEAD}`: drawn with standard deviation {std:.4f}, seed {seed}.")
+    return {"weight": torch.randn(1, size, generator=generator) * std, "bias": torch.zeros(1)}

@@ -45,8 +45,8 @@ class PreferenceRewardTrainer(RewardTrainer):
     Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
 
     A [`~trl.RewardTrainer`] that takes more rows than pairs, reads the score at the last real token found by the
-    attention mask (so that a padding token which is also the end-of-sequence token changes nothing), and keeps the head
-    trained, saved and in fp32. With two hard-labelled completions per row the loss is the parent's bit for bit.
+    attention mask (so that a padding token which is also the end-of-sequence token changes nothing), and keeps the
+    head trained, saved and in fp32. With two hard-labelled completions per row the loss is the parent's bit for bit.
 
     References: Christiano et al. 2017 (https://huggingface.co/papers/1706.03741), Ziegler et al. 2019
     (https://huggingface.co/papers/1909.08593), Stiennon et al. 2020 (https://huggingface.co/papers/2009.01325).
@@ -84,7 +84,8 @@ class PreferenceRewardTrainer(RewardTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter. A copy of it is completed: `modules_to_save` gets the head `score`, which is kept out of LoRA, and
             `task_type` becomes `"SEQ_CLS"`.
-        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config:
+        compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics and
+            quantization_config:
             As in the parent.
 
     Attributes:
@@ -240,8 +241,8 @@ class PreferenceRewardTrainer(RewardTrainer):
         wide = {row: size for row, size in wide.items() if size > 2}
         if wide and args.center_rewards_coefficient is not None:
             raise ValueError(
-                f"`center_rewards_coefficient` is {args.center_rewards_coefficient} and works with two completions, but "
-                f"{len(wide)} rows have more: {dict(list(wide.items())[:8])}. Leave it at None."
+                f"`center_rewards_coefficient` is {args.center_rewards_coefficient} and works with two completions, "
+                f"but {len(wide)} rows have more: {dict(list(wide.items())[:8])}. Leave it at None."
             )
         if "margin" in dataset.column_names:
             margins = zip(dataset["row"], dataset["margin"], dataset["target"], strict=True)
@@ -271,8 +272,8 @@ class PreferenceRewardTrainer(RewardTrainer):
         """
         The loss of a batch of candidates.
 
-        Does not call `super()`, which splits the scores in two halves and takes the first as chosen: K candidates, ties
-        and soft labels have no halves. For hard-labelled pairs the result is the parent's bit for bit, and a test
+        Does not call `super()`, which splits the scores in two halves and takes the first as chosen: K candidates,
+        ties and soft labels have no halves. For hard-labelled pairs the result is the parent's bit for bit, and a test
         compares them. Logs the parent's keys; `accuracy` counts a tie one half.
         """
         mode = "train" if self.model.training else "eval"

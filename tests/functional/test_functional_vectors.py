@@ -99,7 +99,7 @@ def test_shaped_reward_and_gae(dtype):
 
 @covers("lm.nplus_score_after_eos")
 def test_score_after_eos_is_one_more_real_token(dtype):
-    """The other habit: one more absorbing step that carries the score. Not ours, but the same GAE gives its numbers."""
+    """The other habit: one more absorbing step that carries the score. Not ours, but our GAE gives its numbers."""
     given, expected = case("lm.nplus_score_after_eos")
     kl, values = rows(given["kl"], dtype), rows(given["values"], dtype)
     mask = torch.arange(kl.shape[1]).unsqueeze(0) < given["eos_index"] + 2

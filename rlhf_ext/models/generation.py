@@ -1,0 +1,101 @@
+"""Sampling outside a trainer: batches of prompts in, completions and their log-probabilities out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .positions import positions_from_mask
+
+
+@dataclass
+class Samples:
+    """Completions of a list of prompts, in the order of the prompts.
+
+    Attributes:
+        prompts: The prompts, each as often as it was sampled.
+        texts: Decoded completions without special tokens.
+        prompt_ids: Token ids of the prompts.
+        completion_ids: Token ids, the end-of-sequence token included where it was sampled.
+        truncated: Whether the completion was cut by length.
+    """
+
+    prompts: list[str]
+    texts: list[str]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    truncated: list[bool]
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    progress: str | None = None,
+) -> Samples:
+    """Sample `num_samples` completions of each prompt from the plain distribution at `temperature` (0: greedy).
+
+    Args:
+        prompts (`list[str]`):
+            Text prompts; sample `i` of prompt `j` stands at `j * num_samples + i`.
+        progress (`str`, *optional*):
+            Title of a progress bar.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    samples = Samples(repeated, [], [], [], [])
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
+        batch = tokenizer(repeated[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
+        for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
+            cut = tokenizer.eos_token_id not in row
+            row = row if cut else row[: row.index(tokenizer.eos_token_id) + 1]
+            samples.prompt_ids.append(prompt_row[keep].tolist())
+            samples.completion_ids.append(row)
+            samples.truncated.append(cut)
+            samples.texts.append(tokenizer.decode(row, skip_special_tokens=True))
+    model.train(training)
+    return samples
+
+
+@torch.no_grad()
+def completion_logps(
+    model: nn.Module, samples: Samples, *, pad_token_id: int, temperature: float = 1.0, batch_size: int = 256
+) -> torch.Tensor:
+    """Log-probability of each completion given its prompt, summed over its tokens, `(N,)` in nats."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums = []
+    pairs = list(zip(samples.prompt_ids, samples.completion_ids, strict=True))
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        rows = [torch.tensor([*prompt, *completion]) for prompt, completion in chunk]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask)).logits
+        logps = (logits[:, :-1].float() / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        starts = torch.tensor([len(prompt) for prompt, _ in chunk], device=device)[:, None]
+        steps = torch.arange(1, ids.size(1), device=device)
+        sums.append(torch.where((steps >= starts) & mask[:, 1:].bool(), logps, 0.0).sum(-1))
+    model.train(training)
+    return torch.cat(sums)

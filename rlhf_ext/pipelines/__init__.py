@@ -1,0 +1,1 @@
+"""What strings trainers together."""

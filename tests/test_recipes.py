@@ -1,0 +1,159 @@
+"""Every recipe runs two steps from its own YAML by the launch line it prints; every YAML is read to the last key."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from rlhf_ext import PPOConfig, PreferenceRewardConfig
+from rlhf_ext.data.arguments import DataArguments
+from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
+from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+YAMLS = sorted((ROOT / "recipes").glob("*.yaml"))
+# Flags that the test sets itself, or that a config turns into another form.
+REWRITTEN = {"bf16", "report_to"}
+CONFIGS = {"sft": SFTConfig, "reward": PreferenceRewardConfig, "ppo": PPOConfig}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy-world model, a reward model of the same shape, and rows for each recipe."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    tokenizer, policy = build_tokenizer(), build_model(build_tokenizer(), "tiny")
+    config = LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1})
+    reward = AutoModelForSequenceClassification.from_config(config)
+    for name, model in (("policy", policy), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    answers = sft_rows(40, seed=0)
+    pairs = [
+        {"prompt": row["prompt"], "completions": [row["completion"], other["completion"]], "target": [1.0, 0.0]}
+        for row, other in zip(answers, answers[1:], strict=False)
+    ]
+    for name, rows in (("sft", answers), ("reward", pairs), ("ppo", prompt_rows(40, seed=0))):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def launch(recipe: str, config: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """The launch line of the YAML's header, with what a test adds."""
+    line = [sys.executable, "-m", "accelerate.commands.launch"]
+    line += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / f"{recipe}.py")]
+    line += ["--config", str(ROOT / "recipes" / config), "--max_steps", "2", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def finished(process: subprocess.CompletedProcess, output: Path) -> dict:
+    """The metrics of a run that ended well and left what TRL's users look for."""
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    assert (output / "checkpoint-2" / "trainer_state.json").exists()
+    assert (output / "tokenizer_config.json").exists()
+    assert "train_loss" in json.loads((output / "train_results.json").read_text())
+    assert json.loads((output / "data_summary.json").read_text())["train"]["leaked_prompts"] == 0
+    assert "100%" in process.stderr  # the progress bar
+    return json.loads((output / "all_results.json").read_text())
+
+
+def test_sft_recipe(world, tmp_path):
+    flags = ["--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/sft.jsonl"]
+    process = launch("sft", "sft_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/out")
+    metrics = finished(process, tmp_path / "out")
+    assert metrics["eval_loss"] > 0
+    assert "SFT" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_reward_recipe(world, tmp_path):
+    flags = ["--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/reward.jsonl"]
+    process = launch("reward", "reward_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/out")
+    metrics = finished(process, tmp_path / "out")
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 1
+
+
+def test_ppo_recipe(world, tmp_path):
+    (tmp_path / "own_rewards.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [-len(text.split()) / 10 for text in completions]\n"
+    )
+    flags = ["--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/ppo.jsonl"]
+    flags += ["--reward_model_path", f"{world}/reward", "--reward_funcs", "own_rewards:brevity"]
+    flags += ["--critic_model_path", f"{world}/reward"]
+    process = launch("ppo", "ppo_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/out", cwd=tmp_path)
+    metrics = finished(process, tmp_path / "out")
+    assert "eval_reward" in metrics and "eval_rewards/brevity/mean" in metrics
+    assert "PPO" in (tmp_path / "out" / "README.md").read_text()
+    assert "Completion" in process.stdout + process.stderr  # the completions table
+    assert list((tmp_path / "out" / "completions").glob("*.parquet"))
+
+
+def parse(path: Path):
+    """A YAML as its recipe reads it; a key that no dataclass knows raises."""
+    kind = path.stem.split("_")[0]
+    data_arguments = DataArguments
+    if kind == "ppo":
+        namespace: dict = {"__name__": "ppo_recipe"}
+        sys.modules.setdefault("ppo_recipe", type(sys)("ppo_recipe"))
+        exec(compile((ROOT / "recipes" / "ppo.py").read_text(), "ppo.py", "exec"), namespace)
+        data_arguments = namespace["ScriptArguments"]
+    parser = TrlParser((data_arguments, CONFIGS[kind], ModelConfig))
+    flags = ["--config", str(path), "--output_dir", "out", "--bf16", "false"]
+    flags += ["--reward_model_path", "reward"] if kind == "ppo" else []
+    return parser.parse_args_and_config(flags)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_key_of_a_yaml_is_known_and_read(path):
+    parsed = parse(path)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        holders = [getattr(arguments, key) for arguments in parsed if hasattr(arguments, key)]
+        assert holders, key
+        if key not in REWRITTEN:
+            assert holders[0] == value, key
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_a_yaml_says_what_it_takes(path):
+    header = path.read_text().split("\n\n")[0]
+    for word in ("Hardware:", "Time:", "Seed:", "accelerate launch --config_file accelerate_configs/", f"{path.name}"):
+        assert word in header, word
+    config = ROOT / header.split("--config_file ")[1].split()[0]
+    assert config.exists()
+
+
+def test_ziegler_settings():
+    """Spec: 512 episodes a rollout, one minibatch, four epochs, 1,000,000 episodes; 4,992 labels in batches of 32."""
+    _, ppo, _ = parse(ROOT / "recipes" / "ppo_ziegler_gpt2.yaml")
+    assert ppo.generation_batch_size == 512
+    assert ppo.num_iterations * ppo.steps_per_generation // ppo.gradient_accumulation_steps == 4
+    assert (ppo.max_steps - 4) // 4 * 512 < 1_000_000 <= ppo.max_steps // 4 * 512
+    assert (ppo.kl_coef, ppo.adaptive_kl_target, ppo.kl_horizon, ppo.temperature) == (0.15, 6.0, 10000, 0.7)
+    data, reward, _ = parse(ROOT / "recipes" / "reward_ziegler_gpt2.yaml")
+    assert reward.per_device_train_batch_size * reward.gradient_accumulation_steps == 32 and data.max_rows == 4992
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_a_recipe_states_its_dependencies_and_its_launch_line(name):
+    text = (ROOT / "recipes" / f"{name}.py").read_text()
+    assert text.startswith("# /// script\n# dependencies = [")
+    assert f"recipes/{name}.py --config recipes/{name}_tiny.yaml" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    if path.stem.startswith("zero"):
+        # Without this key DeepSpeed clips at 1.0 whatever `max_grad_norm` says.
+        assert config.deepspeed_config["gradient_clipping"] == "auto"
