@@ -39,5 +39,7 @@ results:  ## rewrite the tables of docs/ from benchmarks/results/*.json
 mutants:  ## break each formula on purpose: a test must notice
 	$(PYTHON) benchmarks/mutants.py
 
-seams-latest:  ## the newest TRL in an environment of its own: which seams broke?
-	sh benchmarks/seams_latest.sh
+seams-latest:  ## the newest TRL in front of the installed one: which seams broke?
+	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && pip install -q --no-deps --upgrade --target "$$work" trl \
+	&& PYTHONPATH="$$work" $(PYTHON) -c "import trl; print('trl', trl.__version__)" \
+	&& PYTHONPATH="$$work" $(PYTHON) -m pytest -n 0 tests/test_seams.py

@@ -97,6 +97,20 @@ def test_ppo_recipe(world, tmp_path):
     assert list((tmp_path / "out" / "completions").glob("*.parquet"))
 
 
+@pytest.mark.slow
+def test_lora_recipes_share_one_base(world, tmp_path):
+    """The reward recipe's adapter goes into the PPO recipe, which puts reward and critic on the policy's base."""
+    model = ["--model_name_or_path", f"{world}/policy"]
+    flags = [*model, "--dataset_name", f"{world}/reward.jsonl", "--save_strategy", "epoch"]
+    process = launch("reward", "reward_gemma270m.yaml", *flags, "--output_dir", f"{tmp_path}/reward")
+    finished(process, tmp_path / "reward")
+    flags = [*model, "--dataset_name", f"{world}/ppo.jsonl", "--reward_adapter_path", f"{tmp_path}/reward"]
+    process = launch("ppo", "ppo_gemma270m.yaml", *flags, "--output_dir", f"{tmp_path}/ppo")
+    finished(process, tmp_path / "ppo")
+    for name in ("adapter_config.json", "critic/adapter_config.json", "reward/adapter_config.json"):
+        assert (tmp_path / "ppo" / name).exists(), name
+
+
 def parse(path: Path):
     """A YAML as its recipe reads it; a key that no dataclass knows raises."""
     kind = path.stem.split("_")[0]

@@ -24,6 +24,7 @@ from ..functional import (
     estimate_kl,
     leave_one_out_advantages,
     masked_whiten,
+    policy_gradient_loss,
     shape_rewards,
     value_loss,
 )
@@ -194,7 +195,7 @@ class PPOTrainer(GRPOTrainer):
         self.model.register_forward_hook(self._keep_outputs)
 
     def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and getattr(output, "log_probs", None) is not None:
+        if getattr(output, "log_probs", None) is not None:
             self._outputs = output.log_probs.detach()
 
     @property
@@ -342,10 +343,12 @@ class PPOTrainer(GRPOTrainer):
                 The prepared model; the trainer's own if not given.
         """
         loss = super()._compute_loss(self.model if model is None else model, batch)
-        if "old_per_token_logps" in batch and self._outputs is not None:
-            logps = self._outputs[:, -batch["completion_ids"].size(1) :]
-            self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], _mask(batch)))
-        self._outputs = None
+        logps, self._outputs = self._outputs[:, -batch["completion_ids"].size(1) :], None
+        if self.args.policy_objective == "pg":
+            # With a ratio of 1 the parent's gradient is that of REINFORCE; its value is not, so it is put right.
+            shown, _ = policy_gradient_loss(logps, batch["advantages"], _mask(batch), reduction="sum")
+            return loss + (shown / self._loss_divisor(batch) - loss.detach())
+        self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], _mask(batch)))
         return loss
 
     def _loss_divisor(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -79,9 +79,10 @@ def test_streams_give_the_same_rows():
         ({"prompt": "p", "completions": ["a"], "best": 0}, r"`completions` is \['a'\].*two or more.*Drop"),
         ({"prompt": "p", "completions": [], "best": 0}, r"`completions` is \[\]"),
         ({"prompt": "p", "completions": None, "best": 0}, "`completions` is None"),
-        ({"prompt": "p", "completions": ["a", ""], "best": 0}, r"`completions\[1\]` is ''.*non-empty"),
+        ({"completions": ["a", ""], "best": 0}, r"`completions\[1\]` is ''.*non-empty"),
+        ({"prompt": "p", "completions": ["", ""], "best": 0}, r"`completions` is \['', ''\].*at least one"),
         ({"prompt": None, "completions": ["a", "b"], "best": 0}, "`prompt` is None"),
-        ({"prompt": "p", "chosen": "", "rejected": "b"}, "`chosen` is ''.*Fill it in"),
+        ({"prompt": "p", "chosen": "", "rejected": "b"}, "`chosen` is ''.*column is empty.*Fill it in"),
         ({"prompt": "p", "chosen": "a", "rejected": None}, "`rejected` is None"),
         (
             {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"},
@@ -114,3 +115,9 @@ def test_datasets_without_a_row_to_train_on_are_refused():
         normalize_preferences(Dataset.from_dict({"chosen": [], "rejected": []}))
     with pytest.raises(ValueError, match="All 1 rows.*incomparable"):
         normalize({**GENERAL, "best": 0, "incomparable": True})
+
+
+def test_an_empty_answer_to_a_prompt_is_kept():
+    rows, report = normalize({"prompt": "p", "completions": ["a", ""], "target": [1.0, 0.0]})
+    assert rows[0]["completions"] == ["a", ""]
+    assert report.num_empty == 1

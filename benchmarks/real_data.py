@@ -1,0 +1,93 @@
+"""Splits of real preferences for the run on Gemma 3 270M: by prompt hash, one split for every file.
+
+    python benchmarks/real_data.py --data ../shared/data --tokenizer MODEL --output_dir runs/real
+
+writes `train.jsonl`, `train_shuffled.jsonl` (the control: the same rows, labels permuted within each), `test.jsonl` and
+`prompts.jsonl` (red-team prompts whose rows are not in the test split), and `data.json` with the counts. Rows of more
+than `--max_length` tokens are left out and counted per source; training rows stop at `--max_tokens` tokens.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+
+SOURCES = {"hh-rlhf": "anthropics/hh-rlhf", "PandaLM": "PandaLM"}
+
+
+def read(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def is_test(prompt: str) -> bool:
+    """A fifth of the prompts, by a hash that does not depend on the process."""
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 5 == 0
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--max_tokens", type=int, default=250_000)
+    parser.add_argument("--max_test_rows", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    rng = random.Random(args.seed)
+
+    counts: dict = {name: {"rows": 0, "too_long": 0, "train": 0, "test": 0} for name in SOURCES}
+    kept: dict[bool, list[dict]] = {True: [], False: []}
+    for row in read(args.data / "pairs_train.jsonl.gz"):
+        name = next((name for name, part in SOURCES.items() if part.lower() in row["source"].lower()), None)
+        if name is None:
+            continue
+        counts[name]["rows"] += 1
+        lengths = [len(tokenizer(row["prompt"] + text)["input_ids"]) + 1 for text in row["completions"]]
+        if max(lengths) > args.max_length:
+            counts[name]["too_long"] += 1
+            continue
+        small = {"prompt": row["prompt"], "completions": row["completions"], "target": row["target"], "origin": name}
+        kept[is_test(row["prompt"])].append({**small, "tokens": sum(lengths)})
+    for rows in kept.values():
+        rng.shuffle(rows)
+    train, tokens = [], 0
+    for row in kept[False]:
+        if tokens + row["tokens"] > args.max_tokens:
+            break
+        train.append(row)
+        tokens += row["tokens"]
+    test = kept[True][: args.max_test_rows]
+    for split, rows in (("train", train), ("test", test)):
+        for row in rows:
+            counts[row["origin"]][split] += 1
+    shuffled = []
+    for row in train:
+        target = list(row["target"])
+        rng.shuffle(target)
+        shuffled.append({**row, "target": target})
+    prompts = [{"prompt": row["prompt"]} for row in read(args.data / "prompts_redteam.jsonl.gz") if not is_test(row["prompt"])]
+    rng.shuffle(prompts)
+    write(args.output_dir / "train.jsonl", train)
+    write(args.output_dir / "train_shuffled.jsonl", shuffled)
+    write(args.output_dir / "test.jsonl", test)
+    write(args.output_dir / "prompts.jsonl", prompts)
+    summary = {"sources": counts, "train_tokens": tokens, "seed": args.seed, "max_length": args.max_length}
+    (args.output_dir / "data.json").write_text(json.dumps(summary, indent=2))
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()
