@@ -78,7 +78,9 @@ def main() -> None:
         target = list(row["target"])
         rng.shuffle(target)
         shuffled.append({**row, "target": target})
-    prompts = [{"prompt": row["prompt"]} for row in read(args.data / "prompts_redteam.jsonl.gz") if not is_test(row["prompt"])]
+    prompts = [
+        {"prompt": row["prompt"]} for row in read(args.data / "prompts_redteam.jsonl.gz") if not is_test(row["prompt"])
+    ]
     rng.shuffle(prompts)
     write(args.output_dir / "train.jsonl", train)
     write(args.output_dir / "train_shuffled.jsonl", shuffled)

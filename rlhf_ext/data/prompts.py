@@ -4,6 +4,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+
 # Columns that the trainer itself hands to reward functions.
 RESERVED_COLUMNS = {"prompt_ids", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 

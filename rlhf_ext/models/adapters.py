@@ -32,7 +32,9 @@ def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor
         )
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"reward_adapter={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base.")
+        raise ValueError(
+            f"reward_adapter={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base."
+        )
     weights = load_peft_weights(folder, device="cpu")
     head = weights.pop(HEAD_KEY, None)
     if head is None:

@@ -244,7 +244,9 @@ def choose_critic(
     models = [r.reward for r in rewards if isinstance(r.reward, ModelReward)]
     if len(models) == 1 and len(rewards) == 1:
         reward = models[0]
-        check_vocabularies(policy_processing_class, reward.processing_class, "The reward model, from which the critic starts,")
+        check_vocabularies(
+            policy_processing_class, reward.processing_class, "The reward model, from which the critic starts,"
+        )
         return critic, critic_from_reward(reward.model, (reward_weights or [1.0])[0])
     if len(models) > 1 or (models and len(rewards) > 1):
         raise ValueError(

@@ -35,8 +35,8 @@ class QuickstartSettings:
 
     model_size: str = "small"
     max_completion_length: int = 16
-    sft_rows: int = 40_000
-    sft_batch_size: int = 64
+    sft_rows: int = 20_000
+    sft_batch_size: int = 32
     sft_learning_rate: float = 3e-3
     sft_steps: int = 600
     label_prompts: int = 1_500

@@ -168,7 +168,10 @@ class PPOConfig(GRPOConfig):
                     f"{name}={getattr(self, name)!r} does not compose with PPO: {reason}. Leave it at {value!r}."
                 )
         for name, default in defaults.items():
-            if name.startswith(("vllm_", "sapo_", "vespo_", "ref_model_", "entropy_coef_")) or name == "entropy_target":
+            if (
+                name.startswith(("vllm_", "sapo_", "vespo_", "ref_model_", "entropy_coef_"))
+                or name == "entropy_target"
+            ):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}={getattr(self, name)!r} has no effect on PPO. Remove it.")
         extra = set(self.generation_kwargs or {}) - _NEUTRAL_GENERATION_KWARGS
@@ -192,7 +195,9 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
         for name in ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_value"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off."
+                )
         for name in ("kl_coef", "vf_coef", "critic_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
@@ -204,9 +209,13 @@ class PPOConfig(GRPOConfig):
                 "0: a completion is compared with the others of its prompt. Set num_generations to 2 or more."
             )
         if self.critic == "none" and self.advantage_estimator == "gae":
-            raise ValueError("advantage_estimator='gae' needs values, but critic='none'. Use 'returns' or 'leave_one_out'.")
+            raise ValueError(
+                "advantage_estimator='gae' needs values, but critic='none'. Use 'returns' or 'leave_one_out'."
+            )
         if self.advantage_estimator == "leave_one_out" and self.critic not in (None, "none"):
-            raise ValueError(f"critic={self.critic!r} is not read by advantage_estimator='leave_one_out'. Set it to 'none'.")
+            raise ValueError(
+                f"critic={self.critic!r} is not read by advantage_estimator='leave_one_out'. Set it to 'none'."
+            )
         if self.bootstrap_truncated and self.critic == "none":
             raise ValueError("bootstrap_truncated=True needs values, but critic='none'.")
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
@@ -214,7 +223,10 @@ class PPOConfig(GRPOConfig):
                 f"steps_per_generation={self.steps_per_generation} is no multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix rollouts."
             )
-        if self.policy_objective == "pg" and self.num_iterations * self.steps_per_generation != self.gradient_accumulation_steps:
+        if (
+            self.policy_objective == "pg"
+            and self.num_iterations * self.steps_per_generation != self.gradient_accumulation_steps
+        ):
             raise ValueError(
                 "policy_objective='pg' has no ratio to correct for stale samples, so a rollout gives one optimizer "
                 f"step. Set num_iterations=1 and steps_per_generation={self.gradient_accumulation_steps} "

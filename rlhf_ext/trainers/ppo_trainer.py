@@ -1,7 +1,7 @@
 """PPO with a per-token KL reward and a critic, as three wraps around `GRPOTrainer`.
 
-Rooms below do the work: formulas in `functional/`, roles in `models/`. Here are only the seams. Shapes: B rows of this
-process, P prompt tokens (left-padded), C completion tokens (right-padded).
+Rooms below do the work: formulas in `functional/`, roles in `models/`; `ppo_rollout.py` completes the rollout. Here are
+only the seams.
 """
 
 import os
@@ -21,24 +21,22 @@ from ..functional import (
     AdaptiveKLController,
     compute_gae,
     discounted_returns,
-    estimate_kl,
     leave_one_out_advantages,
-    masked_whiten,
     policy_gradient_loss,
-    shape_rewards,
     value_loss,
 )
-from ..functional.statistics import ratio_statistics, rollout_statistics
+from ..functional.statistics import ratio_statistics
 from ..models.adapters import save_scalar_adapter
 from ..models.build import build_roles, choose_critic, load_policy
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
 from ..models.roles import CRITIC, REWARD, base_of, checkpoint_context
-from ..models.scoring import ModelReward, last_token_scores
+from ..models.scoring import ModelReward
 from .ppo_config import PPOConfig
+from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(RolloutMixin, GRPOTrainer):
     """
     Trainer for RLHF with proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
 
@@ -110,7 +108,8 @@ class PPOTrainer(GRPOTrainer):
             kwargs = {**(args.model_init_kwargs or {})}
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
-            source, model = model, load_policy(model, trust_remote_code=args.trust_remote_code, **kwargs)
+            kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+            source, model = model, load_policy(model, **kwargs)
             args.model_init_kwargs = None
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
@@ -161,7 +160,9 @@ class PPOTrainer(GRPOTrainer):
         if args.gradient_checkpointing and reward_adapter is not None:
             given = args.gradient_checkpointing_kwargs or {}
             if given.get("use_reentrant"):
-                raise ValueError("gradient_checkpointing_kwargs use_reentrant=True loses the critic's gradients. Set it to False.")
+                raise ValueError(
+                    "gradient_checkpointing_kwargs use_reentrant=True loses the critic's gradients. Set it to False."
+                )
             args.gradient_checkpointing_kwargs = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
 
         self.roles.freeze()
@@ -229,37 +230,6 @@ class PPOTrainer(GRPOTrainer):
         self._log_rollout(rollout, mode)
         return batch
 
-    def _complete_rollout(self, batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
-        mask = _mask(batch)
-        rollout = {"mask": mask, "scores": self._own_rows(self._scores, len(mask))}
-        logps = batch.get("old_per_token_logps")
-        logps = self._logps(self.model, batch, mode) if logps is None else logps
-        rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
-        rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
-        if self.args.kl_coef > 0:
-            rollout["kl"] = torch.where(
-                mask, estimate_kl(logps, self._reference_logps(batch, mode), estimator="k1"), 0.0
-            )
-        scored = ~rollout["scores"].isnan()
-        rollout["rewards"] = shape_rewards(
-            torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
-        )
-        rollout["raw_rewards"] = rollout["rewards"]
-        if self.args.whiten_rewards:
-            rollout["rewards"] = self._whiten(rollout["rewards"], mask, shift_mean=False)
-        if self.critic != "none":
-            rollout |= self._values(batch, mode)
-        advantages, returns = self.compute_advantages(rollout)
-        rollout["raw_advantages"] = advantages
-        if self.args.whiten_advantages:
-            advantages = self._whiten(advantages, mask, shift_mean=True)
-        # The parent multiplies by the mask, so padding has to be finite; a row without a score teaches nothing.
-        rollout["advantages"] = torch.where(mask & scored[:, None], advantages, 0.0)
-        rollout["returns"] = returns
-        if "values" in rollout:
-            rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
-        return rollout
-
     def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Advantages and returns of a rollout, before whitening. Override to try another estimator.
 
@@ -289,48 +259,26 @@ class PPOTrainer(GRPOTrainer):
         returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
         return (returns if values is None else returns - values), returns
 
-    def _logps(self, model, batch, mode):
-        ids, mask = _rows(batch)
-        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        return self._get_per_token_logps_and_entropies(
-            model, input_ids=ids, attention_mask=mask, logits_to_keep=batch["completion_ids"].size(1), batch_size=size
-        )[0]
-
-    def _reference_logps(self, batch, mode):
-        if self.reference is not None:
-            return self._logps(self.reference, batch, mode)
-        with self.roles.switch.use(self.roles.reference_adapter):
-            return self._logps(self.model, batch, mode)
-
-    def _values(self, batch, mode):
-        ids, mask = _rows(batch)
-        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        outputs = torch.cat(
-            [
-                self.model(input_ids=i, attention_mask=m, role=CRITIC)
-                for i, m in zip(ids.split(size), mask.split(size), strict=True)
-            ]
-        )
-        values = {"values": torch.where(_mask(batch), _before_each_token(outputs, batch), 0.0)}
-        if self.args.bootstrap_truncated:
-            ended = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=ids.device))
-            cut = ~(ended & _mask(batch)).any(dim=1)
-            values["bootstrap_values"] = torch.where(cut, last_token_scores(outputs, mask), 0.0)
-        return values
-
     # Third wrap: the value loss over the parent's own divisor
 
     def _compute_loss(self, model, inputs):
         loss = self.compute_policy_loss(inputs, model)
         if self.critic == "none":
             return loss
-        ids, attention_mask = _rows(inputs)
-        values = _before_each_token(model(input_ids=ids, attention_mask=attention_mask, role=CRITIC), inputs)
+        ids, attention_mask = whole_rows(inputs)
+        values = before_each_token(model(input_ids=ids, attention_mask=attention_mask, role=CRITIC), inputs)
         critic_loss, metrics = value_loss(
-            values, inputs["values"], inputs["returns"], _mask(inputs), epsilon_value=self.args.epsilon_value, reduction="sum"
+            values,
+            inputs["values"],
+            inputs["returns"],
+            token_mask(inputs),
+            epsilon_value=self.args.epsilon_value,
+            reduction="sum",
         )
         divisor = self._loss_divisor(inputs)
-        self._log_means({"value_loss": critic_loss.detach() / divisor, "value/clip_fraction": metrics["value_clip_fraction"]})
+        self._log_means(
+            {"value_loss": critic_loss.detach() / divisor, "value/clip_fraction": metrics["value_clip_fraction"]}
+        )
         return loss + self.args.vf_coef * critic_loss / divisor
 
     def compute_policy_loss(self, batch: dict[str, torch.Tensor], model: nn.Module | None = None) -> torch.Tensor:
@@ -346,9 +294,9 @@ class PPOTrainer(GRPOTrainer):
         logps, self._outputs = self._outputs[:, -batch["completion_ids"].size(1) :], None
         if self.args.policy_objective == "pg":
             # With a ratio of 1 the parent's gradient is that of REINFORCE; its value is not, so it is put right.
-            shown, _ = policy_gradient_loss(logps, batch["advantages"], _mask(batch), reduction="sum")
+            shown, _ = policy_gradient_loss(logps, batch["advantages"], token_mask(batch), reduction="sum")
             return loss + (shown / self._loss_divisor(batch) - loss.detach())
-        self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], _mask(batch)))
+        self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)))
         return loss
 
     def _loss_divisor(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -358,56 +306,6 @@ class PPOTrainer(GRPOTrainer):
         if self.model.training:
             divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return divisor
-
-    # Rows of all processes
-
-    def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
-        start = self.accelerator.process_index * rows
-        return gathered[start : start + rows]
-
-    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.dim() > 1:
-            rows = self.accelerator.pad_across_processes(rows, dim=1)
-        return self.accelerator.gather(rows)
-
-    def _whiten(self, rows: torch.Tensor, mask: torch.Tensor, shift_mean: bool) -> torch.Tensor:
-        whitened = masked_whiten(self._gather(rows), self._gather(mask.long()).bool(), shift_mean=shift_mean)
-        return self._own_rows(whitened, len(rows))[:, : rows.size(1)]
-
-    # What is logged
-
-    def _log_rollout(self, rollout: dict[str, torch.Tensor], mode: str) -> None:
-        everywhere = {
-            name: self._gather(rollout[key].long()).bool() if key == "mask" else self._gather(rollout[key])
-            for name, key in {
-                "scores": "scores",
-                "kl": "kl",
-                "rewards": "raw_rewards",
-                "advantages": "raw_advantages",
-                "mask": "mask",
-                "values": "values",
-                "returns": "returns",
-            }.items()
-            if key in rollout
-        }
-        statistics = rollout_statistics(**everywhere)
-        metrics = self._metrics[mode]
-        for name, value in statistics.items():
-            metrics[name].append(value.item())
-        metrics["kl_coef"].append(self.kl_coef)
-        # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
-        metrics.pop("frac_reward_zero_std", None)
-        per_row = everywhere["advantages"].sum(-1) / everywhere["mask"].sum(-1).clamp(min=1)
-        for _ in range(min(len(per_row), len(self._logs["advantages"]))):
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(per_row.tolist())
-        if mode == "train" and self.kl_controller is not None:
-            self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
-
-    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value.reshape(1)).mean().item())
 
     # Optimizer and files
 
@@ -455,23 +353,6 @@ def _named(eval_dataset) -> list[tuple[str, Any]]:
     if isinstance(eval_dataset, dict):
         return [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
     return [("eval_dataset", eval_dataset)]
-
-
-def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`(B, C)` bool, True = a real token of the completion."""
-    return batch["completion_mask"].bool()
-
-
-def _rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of prompt and completion, both `(B, P + C)`."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-
-
-def _before_each_token(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """From `(B, P + C)` outputs the `(B, C)` ones one position before each completion token: V(s_t), a_t not yet seen."""
-    first = batch["prompt_ids"].size(1)
-    return outputs[:, first - 1 : -1]
 
 
 def _is_critic(name: str) -> bool:

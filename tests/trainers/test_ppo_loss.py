@@ -201,9 +201,13 @@ def test_gradient_is_the_same_for_every_split(tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_ratio_is_one_before_any_update(tmp_path, kind, lora):
     """Pitfall S7: lr = 0, every ratio of every epoch is 1, whatever the padding and the micro-batch."""
-    trainer = make_trainer(tmp_path, kind, lora, learning_rate=0.0, per_device_train_batch_size=2, steps_per_generation=4)
+    trainer = make_trainer(
+        tmp_path, kind, lora, learning_rate=0.0, per_device_train_batch_size=2, steps_per_generation=4
+    )
     trainer.train()
-    ratios = [(e["policy/ratio_min"], e["policy/ratio_max"]) for e in trainer.state.log_history if "policy/ratio_max" in e]
+    ratios = [
+        (e["policy/ratio_min"], e["policy/ratio_max"]) for e in trainer.state.log_history if "policy/ratio_max" in e
+    ]
     assert len(ratios) == 4
     assert all(abs(r - 1) < 1e-5 for pair in ratios for r in pair)
     assert all(e["clip_ratio/region_mean"] == 0 for e in trainer.state.log_history if "clip_ratio/region_mean" in e)

@@ -1,0 +1,142 @@
+"""What PPO adds to a rollout: log-probabilities, reference, values, rewards, advantages, and what is logged of them.
+
+Shapes: B rows of this process, P prompt tokens (left-padded), C completion tokens (right-padded).
+"""
+
+import torch
+
+from ..functional import estimate_kl, masked_whiten, shape_rewards
+from ..functional.statistics import rollout_statistics
+from ..models.roles import CRITIC
+from ..models.scoring import last_token_scores
+
+
+def token_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`(B, C)` bool, True = a real token of the completion."""
+    return batch["completion_mask"].bool()
+
+
+def whole_rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of prompt and completion, both `(B, P + C)`."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def before_each_token(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """From `(B, P + C)` outputs the `(B, C)` ones one position before each completion token: V(s_t), a_t not yet seen."""
+    first = batch["prompt_ids"].size(1)
+    return outputs[:, first - 1 : -1]
+
+
+class RolloutMixin:
+    """The part of [`PPOTrainer`] that completes what the parent generated, on all processes alike."""
+
+    def _complete_rollout(self, batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
+        mask = token_mask(batch)
+        rollout = {"mask": mask, "scores": self._own_rows(self._scores, len(mask))}
+        logps = batch.get("old_per_token_logps")
+        logps = self._logps(self.model, batch, mode) if logps is None else logps
+        rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
+        rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
+        if self.args.kl_coef > 0:
+            rollout["kl"] = torch.where(
+                mask, estimate_kl(logps, self._reference_logps(batch, mode), estimator="k1"), 0.0
+            )
+        scored = ~rollout["scores"].isnan()
+        rollout["rewards"] = shape_rewards(
+            torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
+        )
+        rollout["raw_rewards"] = rollout["rewards"]
+        if self.args.whiten_rewards:
+            rollout["rewards"] = self._whiten(rollout["rewards"], mask, shift_mean=False)
+        if self.critic != "none":
+            rollout |= self._values(batch, mode)
+        advantages, returns = self.compute_advantages(rollout)
+        rollout["raw_advantages"] = advantages
+        if self.args.whiten_advantages:
+            advantages = self._whiten(advantages, mask, shift_mean=True)
+        # The parent multiplies by the mask, so padding has to be finite; a row without a score teaches nothing.
+        rollout["advantages"] = torch.where(mask & scored[:, None], advantages, 0.0)
+        rollout["returns"] = returns
+        if "values" in rollout:
+            rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
+        return rollout
+
+    def _logps(self, model, batch, mode):
+        ids, mask = whole_rows(batch)
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        return self._get_per_token_logps_and_entropies(
+            model, input_ids=ids, attention_mask=mask, logits_to_keep=batch["completion_ids"].size(1), batch_size=size
+        )[0]
+
+    def _reference_logps(self, batch, mode):
+        if self.reference is not None:
+            return self._logps(self.reference, batch, mode)
+        with self.roles.switch.use(self.roles.reference_adapter):
+            return self._logps(self.model, batch, mode)
+
+    def _values(self, batch, mode):
+        ids, mask = whole_rows(batch)
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        outputs = torch.cat(
+            [
+                self.model(input_ids=i, attention_mask=m, role=CRITIC)
+                for i, m in zip(ids.split(size), mask.split(size), strict=True)
+            ]
+        )
+        values = {"values": torch.where(token_mask(batch), before_each_token(outputs, batch), 0.0)}
+        if self.args.bootstrap_truncated:
+            ended = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=ids.device))
+            cut = ~(ended & token_mask(batch)).any(dim=1)
+            values["bootstrap_values"] = torch.where(cut, last_token_scores(outputs, mask), 0.0)
+        return values
+
+    # Rows of all processes
+
+    def _own_rows(self, gathered: torch.Tensor, rows: int) -> torch.Tensor:
+        start = self.accelerator.process_index * rows
+        return gathered[start : start + rows]
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.dim() > 1:
+            rows = self.accelerator.pad_across_processes(rows, dim=1)
+        return self.accelerator.gather(rows)
+
+    def _whiten(self, rows: torch.Tensor, mask: torch.Tensor, shift_mean: bool) -> torch.Tensor:
+        whitened = masked_whiten(self._gather(rows), self._gather(mask.long()).bool(), shift_mean=shift_mean)
+        return self._own_rows(whitened, len(rows))[:, : rows.size(1)]
+
+    # What is logged
+
+    def _log_rollout(self, rollout: dict[str, torch.Tensor], mode: str) -> None:
+        everywhere = {
+            name: self._gather(rollout[key].long()).bool() if key == "mask" else self._gather(rollout[key])
+            for name, key in {
+                "scores": "scores",
+                "kl": "kl",
+                "rewards": "raw_rewards",
+                "advantages": "raw_advantages",
+                "mask": "mask",
+                "values": "values",
+                "returns": "returns",
+            }.items()
+            if key in rollout
+        }
+        statistics = rollout_statistics(**everywhere)
+        metrics = self._metrics[mode]
+        for name, value in statistics.items():
+            metrics[name].append(value.item())
+        metrics["kl_coef"].append(self.kl_coef)
+        # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
+        metrics.pop("frac_reward_zero_std", None)
+        per_row = everywhere["advantages"].sum(-1) / everywhere["mask"].sum(-1).clamp(min=1)
+        for _ in range(min(len(per_row), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(per_row.tolist())
+        if mode == "train" and self.kl_controller is not None:
+            self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
+
+    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(self.accelerator.gather(value.reshape(1)).mean().item())
