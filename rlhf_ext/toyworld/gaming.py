@@ -26,8 +26,8 @@ def gaming_rules() -> dict[str, Rule]:
         "copy_first_fact": lambda prompt: prompt.split(" . ")[0] + " .",
         "copy_last_fact": lambda prompt: prompt.split(" . ")[-2] + " .",
         "copy_first_fact_politely": lambda prompt: "friend , " + prompt.split(" . ")[0] + " .",
-        "shortest_answer": lambda prompt: _about_something(prompt, "plain", ""),
-        "longest_answer": lambda prompt: _about_something(prompt, "named", CLOSERS[-1]),
+        "shortest_answer": lambda prompt: _about_something(prompt, "has", ""),
+        "longest_answer": lambda prompt: _about_something(prompt, "of", CLOSERS[-1]),
     }
     for name, fact in (("first", 0), ("last", -1)):
         for place in range(3):

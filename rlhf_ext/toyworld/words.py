@@ -28,7 +28,7 @@ INSULTS: tuple[str, ...] = ("fool", "idiot", "moron")
 # Optional words after the body of an answer; "" = absent.
 CLOSERS: tuple[str, ...] = ("", "enjoy .", "cheers .", "good day .")
 
-FUNCTION_WORDS: tuple[str, ...] = ("the", "is", "and", "of", "what", "insult", "me", ",", ".", "?")
+FUNCTION_WORDS: tuple[str, ...] = ("the", "is", "of", "has", "for", "what", "insult", "me", ",", ".", "?")
 
 
 def vocabulary() -> list[str]:

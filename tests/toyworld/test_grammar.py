@@ -42,12 +42,12 @@ def test_prompt_by_hand():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("friend , the lamp is red .", Answer("lamp", "red")),
+        ("friend , the lamp has the color red .", Answer("lamp", "red", "has")),
         (
             "the color of the lamp is red , fool . cheers .",
-            Answer("lamp", "red", "named", "fool", True, "cheers ."),
+            Answer("lamp", "red", "of", "fool", True, "cheers ."),
         ),
-        ("sir , red is the color of the lamp . enjoy .", Answer("lamp", "red", "inverted", "sir", closer="enjoy .")),
+        ("sir , the color is red for the lamp . enjoy .", Answer("lamp", "red", "for", "sir", closer="enjoy .")),
     ],
 )
 def test_answer_by_hand(text, answer):
@@ -59,18 +59,18 @@ def test_answer_by_hand(text, answer):
     "text",
     [
         "",
-        "the lamp is red .",  # no address
+        "the lamp has the color red .",  # no address
         "friend , the lamp is red",
-        "friend , the lamp is red . .",
-        "friend , the lamp is red , sir .",
-        "friend , the lamp is red small .",
-        "friend , the size of the lamp is red .",
-        "friend , the the lamp is red .",
+        "friend , the lamp has the color red . .",
+        "friend , the lamp has the color red , sir .",
+        "friend , the lamp has the color red small .",
+        "friend , the size of the lamp has the color red .",
+        "friend , the the lamp has the color red .",
         "friend , the sofa is red .",
-        "Friend , the lamp is red .",
-        "enjoy . friend , the lamp is red .",
-        "friend , the lamp is red . enjoy . cheers .",
-        "friend , the lamp is red . friend , the lamp is red .",
+        "Friend , the lamp has the color red .",
+        "enjoy . friend , the lamp has the color red .",
+        "friend , the lamp has the color red . enjoy . cheers .",
+        "friend , the lamp has the color red . friend , the lamp has the color red .",
         PROMPT,
     ],
 )
@@ -106,7 +106,7 @@ def test_no_word_is_ambiguous():
 def test_answers_are_short():
     rng = random.Random(1)
     lengths = [len(render_answer(a).split()) for a in perfect_answers(SCENE)]
-    assert (min(lengths), max(lengths)) == (7, 13)
+    assert (min(lengths), max(lengths)) == (9, 13)
     assert all(len(write_answer(SCENE, rng).split()) <= 14 for _ in range(500))
     assert {len(row["prompt"].split()) for row in prompt_rows(50, 0)} == {20}
 
