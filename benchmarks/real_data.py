@@ -2,7 +2,7 @@
 
     python benchmarks/real_data.py --data ../shared/data --tokenizer MODEL --output_dir runs/real
 
-writes `train.jsonl`, `train_shuffled.jsonl` (the control: the same rows, labels permuted within each), `test.jsonl` and
+writes `train.jsonl`, `train_shuffled.jsonl` (the control: labels permuted within each row), `test.jsonl` and
 `prompts.jsonl` (red-team prompts whose rows are not in the test split), and `data.json` with the counts. Rows of more
 than `--max_length` tokens are left out and counted per source; training rows stop at `--max_tokens` tokens.
 """

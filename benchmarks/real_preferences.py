@@ -30,7 +30,9 @@ def credits(rows: list[dict], scores: list[tuple[float, float]]) -> list[tuple[s
         if row["target"][0] == row["target"][1]:
             continue
         sign = 1 if row["target"][0] > row["target"][1] else -1
-        found.append((row["origin"], 0.5 + 0.5 * math.copysign(1, sign * (first - second)) if first != second else 0.5))
+        found.append(
+            (row["origin"], 0.5 + 0.5 * math.copysign(1, sign * (first - second)) if first != second else 0.5)
+        )
     return found
 
 
@@ -111,7 +113,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     seconds = json.loads(args.log.read_text())["train_runtime"] if args.log else float("nan")
     notes = [
-        "Accuracy on held-out prompts (a fifth, by hash), decisive pairs, equal scores count one half; 95% Wilson interval.",
+        "Accuracy on held-out prompts (a fifth, by hash), decisive pairs, equal scores half; 95% Wilson interval.",
         f"Trained on {sum(s['train'] for s in data['sources'].values())} pairs, {data['train_tokens']} tokens, "
         f"{seconds:.0f} s. Left out as longer than {data['max_length']} tokens: "
         + ", ".join(f"{n} {s['too_long']} of {s['rows']}" for n, s in data["sources"].items())

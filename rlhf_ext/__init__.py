@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-# Trainers are imported on first use: TRL takes about ten seconds to import, and `rlhf_ext.functional` needs only torch.
+# Trainers are imported on first use: TRL takes ten seconds to import, and `rlhf_ext.functional` needs only torch.
 _LAZY = {
     "PPOConfig": ".trainers.ppo_config",
     "PPOTrainer": ".trainers.ppo_trainer",

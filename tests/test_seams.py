@@ -73,12 +73,18 @@ def test_divisor_is_the_parents(tmp_path):
     batch = rollout(trainer)
     ones = {**batch, "advantages": torch.ones_like(batch["advantages"])}
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, ones)
-    assert loss.item() == pytest.approx(-(batch["completion_mask"].sum() / trainer._loss_divisor(batch)).item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        -(batch["completion_mask"].sum() / trainer._loss_divisor(batch)).item(), abs=1e-5
+    )
 
 
 def test_foreign_keys_stay_aligned_through_shuffle_and_split():
     rows = torch.arange(8)
-    batch = {"completion_ids": rows[:, None].repeat(1, 3), "values": rows[:, None].repeat(1, 3).float(), "n": torch.tensor(5)}
+    batch = {
+        "completion_ids": rows[:, None].repeat(1, 3),
+        "values": rows[:, None].repeat(1, 3).float(),
+        "n": torch.tensor(5),
+    }
     parts = split_tensor_dict(shuffle_sequence_dict(batch), 2)
     for part in parts:
         assert torch.equal(part["completion_ids"].float(), part["values"])

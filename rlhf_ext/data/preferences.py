@@ -135,7 +135,7 @@ def normalize_row(row: Mapping[str, Any], index: int) -> dict[str, Any] | None:
     prompt = row.get("prompt")
     if "prompt" in row:
         _check_text(index, "prompt", prompt)
-    # An empty answer is an answer (46 of 7,995 rows of real data hold one): the end of sequence comes at once. It needs
+    # An empty answer is an answer (46 of 7,995 rows of real data hold one): the end comes at once. It needs
     # a prompt to follow, and something to be compared with.
     if "prompt" in row and not any(completions):
         raise _error(index, "completions", completions, "at least one that is not empty", "Drop the row.")
@@ -217,8 +217,8 @@ def check_preferences(dataset: Dataset) -> tuple[list[dict[str, Any] | None], Pr
     for name in ("chosen", "rejected"):
         if name in column_names(dataset) and not any(dataset[name]):
             raise ValueError(
-                f"Row 0 to {len(dataset) - 1} of the preference dataset: `{name}` is {dataset[0][name]!r}; the column is "
-                "empty. Fill it in, or check which column holds the answers."
+                f"Row 0 to {len(dataset) - 1} of the preference dataset: `{name}` is {dataset[0][name]!r}; the column "
+                "is empty. Fill it in, or check which column holds the answers."
             )
     if report.num_incomparable == report.num_rows:
         raise ValueError(f"All {report.num_rows} rows of the preference dataset are incomparable. Add compared rows.")

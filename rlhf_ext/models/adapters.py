@@ -46,7 +46,7 @@ def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor
     if others:
         raise ValueError(
             f"reward_adapter={folder!r} trains more than LoRA weights and the head ({others[0]!r} and "
-            f"{len(others) - 1} more), which roles on one base cannot share. Train it with modules_to_save=['score'] only."
+            f"{len(others) - 1} more), which roles on one base cannot share. Save only 'score' with it."
         )
     config = copy.copy(config)
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False

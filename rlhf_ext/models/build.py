@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 def load_policy(path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> nn.Module:
-    """Load a policy to train: a full model, or a folder with a LoRA adapter (its base is found by the adapter's config).
+    """Load a policy to train: a full model, or a folder with a LoRA adapter, whose config names its base.
 
     Args:
         path (`str`):
@@ -106,7 +106,7 @@ class Roles:
         return base_of(self.model)
 
     def freeze(self) -> None:
-        """Hide all parameters from the parent's `__init__`, which rounds every trainable one to bfloat16 on a quantised base."""
+        """Hide all parameters from the parent: on a quantised base it rounds every trainable one to bfloat16."""
         self.trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.model.requires_grad_(False)
 
@@ -250,7 +250,7 @@ def choose_critic(
         return critic, critic_from_reward(reward.model, (reward_weights or [1.0])[0])
     if len(models) > 1 or (models and len(rewards) > 1):
         raise ValueError(
-            f"The critic cannot start from {len(rewards)} rewards at once. Pass a `critic_model`, for example a copy of "
+            f"The critic cannot start from {len(rewards)} rewards at once. Pass a `critic_model`, such as a copy of "
             "the reward model that weighs most."
         )
     if isinstance(base, PeftModel) or getattr(base, "quantization_method", None) is not None:

@@ -1,4 +1,4 @@
-"""Classic RLHF from nothing, offline, in minutes: SFT, best-of-4 labels, K-way reward model, PPO with a critic from it.
+"""Classic RLHF from nothing, offline: SFT, best-of-4 labels, K-way reward model, PPO with a critic from it.
 
 The toy world knows the true reward of every answer ("gold"). Only the simulated labeller reads it: PPO is driven by
 the reward model that was trained on the labels, so that the table at the end says what preferences achieved.
@@ -151,7 +151,7 @@ def evaluate(
     settings: QuickstartSettings,
     seed: int,
 ) -> Evaluation:
-    """One sample per prompt at temperature 1. `kl` is the mean log-ratio to `reference`, nats per sequence (0 if None)."""
+    """One sample per prompt at temperature 1. `kl`: mean log-ratio to `reference`, nats per sequence (0 if None)."""
     set_seed(seed)
     samples = sample_completions(policy, tokenizer, prompts, max_new_tokens=settings.max_completion_length)
     scores = [gold_scores(p, c) for p, c in zip(samples.prompts, samples.texts, strict=True)]

@@ -34,7 +34,8 @@ PLOTS = [
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
 h1 { font-size: 1.7rem; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-table { border-collapse: collapse; } th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #dde3ea; }
+table { border-collapse: collapse; }
+th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #dde3ea; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 .plots img { width: 100%; } .good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
@@ -137,9 +138,9 @@ def write_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>rlhf_ext quickstart, seed {metrics["seed"]}</title><style>{_STYLE}</style></head><body>
 <h1>Classic RLHF on the toy world, seed {metrics["seed"]}</h1>
-<p class="note">SFT on a mixed corpus, 4 completions a prompt, the best one marked by a simulated labeller, a K-way reward
-model on the labels, PPO driven by that reward model alone. Gold is the true reward: only the labeller and this page know
-it. All numbers are on held-out prompts.</p>
+<p class="note">SFT on a mixed corpus, 4 completions a prompt, the best one marked by a simulated labeller, a K-way
+reward model on the labels, PPO driven by that reward model alone. Gold is the true reward: only the labeller and
+this page know it. All numbers are on held-out prompts.</p>
 <table><tr><th></th><th>SFT</th><th>PPO</th></tr>{table}</table>
 <p>{"<br>".join(html.escape(line) for line in summary_lines(metrics))}</p>
 <h2>PPO, update by update</h2><div class="plots">{plots}</div>

@@ -78,7 +78,8 @@ class PPOConfig(GRPOConfig):
         kl_horizon (`int`, *optional*, defaults to `10000`):
             Horizon of the KL controller in sequences.
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
-            `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic) or `"leave_one_out"` (the bandit view, needs `num_generations >= 2`).
+            `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic) or `"leave_one_out"` (the bandit
+            view, needs `num_generations >= 2`).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -149,7 +150,7 @@ class PPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if self.num_generations_eval not in (None, self.num_generations):
             raise ValueError(
-                f"num_generations_eval={self.num_generations_eval} differs from num_generations={self.num_generations}: "
+                f"num_generations_eval={self.num_generations_eval} is not num_generations={self.num_generations}: "
                 "evaluation samples as training does. Remove it."
             )
         if self.num_generations == 1:
@@ -205,7 +206,7 @@ class PPOConfig(GRPOConfig):
             raise ValueError("kl_coef=0 stays 0 under adaptive_kl_target, whose rule multiplies. Start above 0.")
         if self.advantage_estimator == "leave_one_out" and self.num_generations < 2:
             raise ValueError(
-                f"advantage_estimator='leave_one_out' with num_generations={self.num_generations} gives every advantage "
+                f"advantage_estimator='leave_one_out' with num_generations={self.num_generations} gives advantages of "
                 "0: a completion is compared with the others of its prompt. Set num_generations to 2 or more."
             )
         if self.critic == "none" and self.advantage_estimator == "gae":
@@ -221,7 +222,7 @@ class PPOConfig(GRPOConfig):
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} is no multiple of "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix rollouts."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: a step would mix rollouts."
             )
         if (
             self.policy_objective == "pg"

@@ -23,7 +23,7 @@ def whole_rows(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
 
 
 def before_each_token(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """From `(B, P + C)` outputs the `(B, C)` ones one position before each completion token: V(s_t), a_t not yet seen."""
+    """From `(B, P + C)` outputs the `(B, C)` ones one position before each token: V(s_t), a_t not yet seen."""
     first = batch["prompt_ids"].size(1)
     return outputs[:, first - 1 : -1]
 

@@ -1,7 +1,7 @@
 """PPO with a per-token KL reward and a critic, as three wraps around `GRPOTrainer`.
 
-Rooms below do the work: formulas in `functional/`, roles in `models/`; `ppo_rollout.py` completes the rollout. Here are
-only the seams.
+Rooms below do the work: formulas in `functional/`, roles in `models/`; `ppo_rollout.py` completes the rollout. Here
+are only the seams.
 """
 
 import os
@@ -38,7 +38,7 @@ from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 
 class PPOTrainer(RolloutMixin, GRPOTrainer):
     """
-    Trainer for RLHF with proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
+    Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
     Each rollout samples one completion per prompt, pays the reward's score on the last real token and minus
     `kl_coef` x KL to the reference on every token, and trains policy and critic on it for `num_iterations` epochs.
@@ -325,7 +325,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint:
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: resuming PPO exactly is not part of this version, "
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: exact resuming is not part of this version, "
                 "and resuming it inexactly would go unnoticed. Start a new run from the saved policy and critic."
             )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -361,6 +361,6 @@ def _is_critic(name: str) -> bool:
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a parameter belongs to a role that has a folder of its own, so that a policy's file holds no foreign key."""
+    """Whether a parameter belongs to a role with a folder of its own: a policy's file holds no foreign key."""
     parts = name.split(".")
     return _is_critic(name) or REWARD in parts or f"{REWARD}_head" in parts

@@ -184,7 +184,9 @@ def test_columns_messages_and_unscored_rows(tmp_path):
 
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     rows = Dataset.from_dict({"prompt": messages, "weight": [0, 1, 2, 3, 4, 5, 6, 7]})
-    trainer = build(tmp_path, rows=rows, reward_funcs=reward, critic_model=tiny_reward_model("llama", tiny_tokenizer()))
+    trainer = build(
+        tmp_path, rows=rows, reward_funcs=reward, critic_model=tiny_reward_model("llama", tiny_tokenizer())
+    )
     trainer.model.train()
     batch = trainer._generate_and_score_completions([dict(row) for row in rows])
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7]
@@ -254,7 +256,9 @@ def test_bad_input_is_named_before_training(tmp_path, case):
         build(tmp_path, **kwargs)
 
 
-@pytest.mark.parametrize(("reward", "message"), [(wrong_length, "wrong_length.*1 rewards for 8"), (not_a_number, "rows .2")])
+@pytest.mark.parametrize(
+    ("reward", "message"), [(wrong_length, "wrong_length.*1 rewards for 8"), (not_a_number, "rows .2")]
+)
 def test_bad_rewards_are_named_at_the_first_call(tmp_path, reward, message):
     trainer = build(tmp_path, reward_funcs=reward)
     with pytest.raises(ValueError, match=message):
@@ -293,6 +297,8 @@ def test_flags_that_do_not_compose_raise(tmp_path, fields, message):
 
 
 def test_an_odd_rollout_works_with_one_completion(tmp_path):
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, generation_batch_size=3, per_device_train_batch_size=1)
+    config = PPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, generation_batch_size=3, per_device_train_batch_size=1
+    )
     assert (config.num_generations, config.steps_per_generation, config.optimizer_steps_per_rollout) == (1, 3, 12)
     assert type(config.num_generations) is int
