@@ -78,7 +78,7 @@ class PPOConfig(GRPOConfig):
         kl_horizon (`int`, *optional*, defaults to `10000`):
             Horizon of the KL controller in sequences.
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
-            `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic) or `"leave_one_out"` (the bandit
+            `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic), `"leave_one_out"` (the bandit
             view, needs `num_generations >= 2`).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per token.
