@@ -133,7 +133,8 @@ def test_every_key_of_a_yaml_is_known_and_read(path):
         holders = [getattr(arguments, key) for arguments in parsed if hasattr(arguments, key)]
         assert holders, key
         if key not in REWRITTEN:
-            assert holders[0] == value, key
+            # TRL unwraps a list of one module name, which is how a YAML gives a pattern.
+            assert holders[0] in (value, value[0] if isinstance(value, list) and len(value) == 1 else value), key
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

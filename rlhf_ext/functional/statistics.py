@@ -67,7 +67,7 @@ def ratio_statistics(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.T
         mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
     """
     log_ratio = torch.where(mask, logps - old_logps, torch.zeros_like(logps)).detach().float()
-    # Padding would count as a ratio of 1 and hide a minimum above it. Without a real token there is nothing to compare.
+    # Padding would count as a ratio of 1 and hide a minimum above it.
     ratio = log_ratio[mask].exp() if mask.any() else log_ratio.new_ones(1)
     return {
         "policy/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
