@@ -30,6 +30,7 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "router_aux_loss_coef": (None, "mixtures of experts are untested here"),
     "use_vllm": (False, "log-probabilities of the two engines differ until shown equal"),
     "use_transformers_continuous_batching": (False, "it is untested with roles on one base"),
+    "transformers_continuous_batching_config": (None, "continuous batching is not used"),
     "use_transformers_paged": (False, "deprecated alias of continuous batching"),
     "use_liger_kernel": (False, "it replaces the forward that carries the roles"),
     "cast_lm_head_to_fp32": (False, "the reference would keep its own precision and the KL would not start at 0"),
