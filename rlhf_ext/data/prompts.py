@@ -43,26 +43,30 @@ def check_prompts(
             The model's context in tokens.
 
     Raises:
-        ValueError: no row, no column `prompt`, a reserved column, an empty prompt, or a prompt that leaves no room for
-            a completion; the message names the rows.
+        ValueError: no row, no column `prompt`, a reserved column, an empty prompt, one that is neither text nor
+            messages, or one that leaves no room for a completion; the message names the rows.
     """
     if dataset is None:
         return
     rows = dataset if isinstance(dataset, Dataset) else dataset.take(1)
     columns = dataset.column_names or []
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"{name} has no rows. Check the path and the split.")
     if columns and "prompt" not in columns:
         raise ValueError(f"{name} has no column 'prompt' (found {columns}). Rename the column that holds the prompts.")
     taken = sorted(RESERVED_COLUMNS & set(columns))
     if taken:
         raise ValueError(f"{name} has a column {taken[0]!r}, a name the trainer itself hands to rewards. Rename it.")
-    empty, long = [], []
+    empty, long, count = [], [], 0
     for index, row in enumerate(rows):
+        count += 1
         prompt = row.get("prompt")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             empty.append(index)
             continue
+        if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):
+            raise ValueError(
+                f"{name} has a prompt of type {type(prompt).__name__} at row {index} that is neither text nor "
+                "messages. Give a string, or a list of {'role': ..., 'content': ...}."
+            )
         if is_conversational({"prompt": prompt}):
             ids = tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
@@ -71,6 +75,8 @@ def check_prompts(
             ids = tokenizer(prompt)["input_ids"]
         if max_positions is not None and len(ids) + max_completion_length > max_positions:
             long.append((index, len(ids)))
+    if not count:
+        raise ValueError(f"{name} has no rows. Check the path and the split.")
     if empty:
         raise ValueError(f"{name} has {len(empty)} empty prompts, first at row {empty[0]}. Remove these rows.")
     if long:

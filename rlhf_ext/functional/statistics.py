@@ -1,10 +1,16 @@
-"""Numbers that are logged, not trained on."""
+"""Numbers that are logged, not trained on.
+
+Shapes: B batch, T completion tokens. Mask: True = a real completion token. Masked inputs may hold NaN; padding never
+changes a number, and an empty mask gives 0 (ratios: 1) instead of NaN.
+"""
 
 import torch
 
+from . import _checks as checks
 from .masking import masked_mean, masked_var
 
 
+@torch.no_grad()
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - var(R - V) / var(R) over all real tokens; 0 where the returns do not vary.
 
@@ -12,12 +18,17 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
         values (`torch.Tensor` of shape `(B, T)`): V before token t.
         returns (`torch.Tensor` of shape `(B, T)`): target of V.
         mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+
+    Raises:
+        ValueError: If shapes differ, an input is not floating or `mask` is not bool.
     """
+    checks.check_masked(mask, values=values, returns=returns)
     total = masked_var(returns, mask)
     rest = masked_var(returns - values, mask)
     return torch.where(total > 0, 1 - rest / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(total))
 
 
+@torch.no_grad()
 def rollout_statistics(
     scores: torch.Tensor,
     kl: torch.Tensor,
@@ -30,7 +41,8 @@ def rollout_statistics(
     """What is logged once per rollout, over the rows of all processes.
 
     Args:
-        scores (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards' scores; NaN rows are left out.
+        scores (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards' scores; NaN rows have no score and are
+            left out of `rlhf_reward`.
         kl (`torch.Tensor` of shape `(B, T)`): k1 estimate of the KL to the reference, nats per token.
         rewards (`torch.Tensor` of shape `(B, T)`): per-token rewards after the KL term, before whitening.
         advantages (`torch.Tensor` of shape `(B, T)`): before whitening.
@@ -41,32 +53,43 @@ def rollout_statistics(
         `dict`: `kl` (nats summed per sequence, mean over sequences), `kl_per_token`, `rlhf_reward` (the summed rewards
         of a sequence, score - kl_coef * KL), `advantages/mean`, `advantages/std`, and with values `value/mean`,
         `value/explained_variance`, `returns/mean`.
+
+    Raises:
+        ValueError: If shapes differ, an input is not floating or `mask` is not bool.
     """
-    scored = ~torch.isnan(scores)
-    per_sequence = torch.where(mask, kl, torch.zeros_like(kl)).sum(-1)
-    paid = torch.where(mask, rewards, torch.zeros_like(rewards)).sum(-1)[scored]
+    checks.check_masked(mask, kl=kl, rewards=rewards, advantages=advantages)
+    checks.check_tensor("scores", scores, mask.shape[:1])
+    per_sequence = checks.clear(kl, mask).sum(-1)
+    paid = checks.clear(rewards, mask).sum(-1)
+    scored = ~scores.isnan()
     statistics = {
-        "kl": per_sequence.mean(),
+        "kl": masked_mean(per_sequence, torch.ones_like(scored)),
         "kl_per_token": masked_mean(kl, mask),
-        "rlhf_reward": paid.mean() if len(paid) else torch.zeros_like(per_sequence.mean()),
+        "rlhf_reward": masked_mean(paid, scored),
         "advantages/mean": masked_mean(advantages, mask),
         "advantages/std": masked_var(advantages, mask).sqrt(),
     }
     if values is not None and returns is not None:
+        checks.check_masked(mask, values=values, returns=returns)
         statistics["value/mean"] = masked_mean(values, mask)
         statistics["value/explained_variance"] = explained_variance(values, returns, mask)
         statistics["returns/mean"] = masked_mean(returns, mask)
     return statistics
 
 
+@torch.no_grad()
 def ratio_statistics(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """Distance of the policy from the one that sampled: `approx_kl` = mean(r - 1 - log r), and the extremes of r.
 
     Args:
         logps, old_logps (`torch.Tensor` of shape `(B, T)`): log-probability of token t now and in the rollout.
         mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+
+    Raises:
+        ValueError: If shapes differ, an input is not floating or `mask` is not bool.
     """
-    log_ratio = torch.where(mask, logps - old_logps, torch.zeros_like(logps)).detach().float()
+    checks.check_masked(mask, logps=logps, old_logps=old_logps)
+    log_ratio = checks.clear(logps, mask) - checks.clear(old_logps, mask)
     # Padding would count as a ratio of 1 and hide a minimum above it.
     ratio = log_ratio[mask].exp() if mask.any() else log_ratio.new_ones(1)
     return {

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import add_reference_adapter, add_scalar_adapter
-from .roles import CRITIC, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
+from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
 from .scoring import ModelReward, classifier_of, load_reward_model
 
 
@@ -60,7 +60,9 @@ def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
     if isinstance(critic, PeftModel):
         critic.requires_grad_(False)
         for name, parameter in critic.named_parameters():
-            parameter.requires_grad_(".lora_" in name or ".score." in name)
+            # The head that PEFT keeps beside the trained one never runs: DDP would wait for its gradient.
+            trained = ".lora_" in name or ".score." in name
+            parameter.requires_grad_(trained and ".original_module." not in name)
     else:
         critic.requires_grad_(True)
     with torch.no_grad():
@@ -151,6 +153,16 @@ def build_roles(
     else:
         fresh = False
     is_peft = isinstance(model, PeftModel)
+    if is_peft and POLICY not in model.peft_config:
+        raise ValueError(
+            f"The policy's adapter is named {list(model.peft_config)}, not {POLICY!r}, the name under which it is "
+            "saved and switched. Load it with `adapter_name='default'`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of the policy requires a gradient, so it would never change. Load its adapter with "
+            "`is_trainable=True`, or pass a `peft_config`."
+        )
     if not is_peft and reward_adapter is not None:
         raise ValueError(
             "reward_adapter shares the base with the policy's adapter, but the policy has none. Give a `peft_config`, "

@@ -1,5 +1,7 @@
 """Sampling outside a trainer: batches of prompts in, completions and their log-probabilities out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,22 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .positions import positions_from_mask
+from .roles import base_of
+
+
+@contextmanager
+def without_generation_defaults(model: nn.Module) -> Iterator[None]:
+    """Sample from what is asked for alone: `generate` fills every unset field from the checkpoint's own config.
+
+    A `no_repeat_ngram_size` or `min_new_tokens` that comes in that way changes the distribution behind the back of
+    log-probabilities taken from plain logits. The checkpoint's config is put back, so that it is saved as it was.
+    """
+    base = base_of(model)
+    given, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = given
 
 
 @dataclass
@@ -65,7 +83,8 @@ def sample_completions(
     for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
         batch = tokenizer(repeated[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
+        with without_generation_defaults(model):
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
         for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
             cut = tokenizer.eos_token_id not in row
             row = row if cut else row[: row.index(tokenizer.eos_token_id) + 1]

@@ -117,7 +117,9 @@ def bind_roles(model: nn.Module, switch: RoleSwitch) -> None:
             raise ValueError(f"role={role!r} has no head on this model. Build it with a {role} adapter or model.")
         with switch.use(role):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+        # Under autocast the product would come out in bf16, with 8 bits of a score.
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
     base.forward = types.MethodType(forward, base)
     count_positions_from_mask(base.base_model)

@@ -40,7 +40,7 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
 }
 
 # Sampling arguments that may pass through `generation_kwargs` without changing the distribution.
-_NEUTRAL_GENERATION_KWARGS = {"max_length", "min_length", "use_cache", "cache_implementation"}
+_NEUTRAL_GENERATION_KWARGS = {"max_length", "use_cache", "cache_implementation"}
 
 
 class _One(int):
@@ -154,6 +154,8 @@ class PPOConfig(GRPOConfig):
                 f"num_generations_eval={self.num_generations_eval} is not num_generations={self.num_generations}: "
                 "evaluation samples as training does. Remove it."
             )
+        if self.num_generations is None or self.num_generations < 1:
+            raise ValueError(f"num_generations={self.num_generations} must be at least 1, completions per prompt.")
         if self.num_generations == 1:
             self.num_generations = _One(1)
         self.num_generations_eval = self.num_generations
@@ -195,7 +197,7 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
-        for name in ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_value"):
+        for name in ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_high", "epsilon_value"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off."
@@ -203,6 +205,8 @@ class PPOConfig(GRPOConfig):
         for name in ("kl_coef", "vf_coef", "critic_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.delta is not None and not self.delta > 1:
+            raise ValueError(f"delta={self.delta} must be above 1: it caps the ratio. Use None to leave it out.")
         if self.adaptive_kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_coef=0 stays 0 under adaptive_kl_target, whose rule multiplies. Start above 0.")
         if self.advantage_estimator == "leave_one_out" and self.num_generations < 2:
@@ -218,8 +222,17 @@ class PPOConfig(GRPOConfig):
             raise ValueError(
                 f"critic={self.critic!r} is not read by advantage_estimator='leave_one_out'. Set it to 'none'."
             )
-        if self.bootstrap_truncated and self.critic == "none":
-            raise ValueError("bootstrap_truncated=True needs values, but critic='none'.")
+        if self.bootstrap_truncated and self.advantage_estimator != "gae":
+            raise ValueError(
+                f"bootstrap_truncated=True is read by advantage_estimator='gae' only, not by "
+                f"{self.advantage_estimator!r}. Set it to False."
+            )
+        if self.critic_learning_rate is not None and (
+            self.critic == "none" or self.advantage_estimator == "leave_one_out"
+        ):
+            raise ValueError(
+                f"critic_learning_rate={self.critic_learning_rate} has no effect without a critic. Remove it."
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} is no multiple of "
@@ -241,8 +254,8 @@ class PPOConfig(GRPOConfig):
 
     def to_dict(self) -> dict[str, Any]:
         config = super().to_dict()
-        kwargs = config.get("gradient_checkpointing_kwargs")
-        if kwargs and callable(kwargs.get("context_fn")):
-            # Loggers write this dictionary as JSON, which knows no functions.
-            config["gradient_checkpointing_kwargs"] = {**kwargs, "context_fn": kwargs["context_fn"].__name__}
+        for name, kwargs in config.items():
+            # Under its old and its new name. Loggers write this dictionary as JSON, which knows no functions.
+            if isinstance(kwargs, dict) and callable(kwargs.get("context_fn")):
+                config[name] = {**kwargs, "context_fn": kwargs["context_fn"].__name__}
         return config

@@ -33,7 +33,12 @@ class RolloutMixin:
 
     def _complete_rollout(self, batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
         mask = token_mask(batch)
-        rollout = {"mask": mask, "scores": self._own_rows(self._scores, len(mask))}
+        scores = self._scores
+        if self.args.advantage_estimator == "leave_one_out":
+            # A missing score would be a 0 in the others' baseline, so its whole group teaches nothing.
+            missing = scores.isnan().view(-1, self.num_generations).any(dim=1)
+            scores = scores.masked_fill(missing.repeat_interleave(self.num_generations), torch.nan)
+        rollout = {"mask": mask, "scores": self._own_rows(scores, len(mask))}
         logps = batch.get("old_per_token_logps")
         logps = self._logps(self.model, batch, mode) if logps is None else logps
         rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
@@ -47,16 +52,18 @@ class RolloutMixin:
             torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
         )
         rollout["raw_rewards"] = rollout["rewards"]
+        # A row without a score teaches nothing, not even through the moments.
+        scored_mask = mask & scored[:, None]
         if self.args.whiten_rewards:
-            rollout["rewards"] = self._whiten(rollout["rewards"], mask, shift_mean=False)
+            rollout["rewards"] = self._whiten(rollout["rewards"], scored_mask, shift_mean=False)
         if self.critic != "none":
             rollout |= self._values(batch, mode)
         advantages, returns = self.compute_advantages(rollout)
         rollout["raw_advantages"] = advantages
         if self.args.whiten_advantages:
-            advantages = self._whiten(advantages, mask, shift_mean=True)
-        # The parent multiplies by the mask, so padding has to be finite; a row without a score teaches nothing.
-        rollout["advantages"] = torch.where(mask & scored[:, None], advantages, 0.0)
+            advantages = self._whiten(advantages, scored_mask, shift_mean=True)
+        # The parent multiplies by the mask, so padding has to be finite.
+        rollout["advantages"] = torch.where(scored_mask, advantages, 0.0)
         rollout["returns"] = returns
         if "values" in rollout:
             rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])

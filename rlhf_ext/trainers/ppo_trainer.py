@@ -28,6 +28,7 @@ from ..functional import (
 from ..functional.statistics import ratio_statistics
 from ..models.adapters import save_scalar_adapter
 from ..models.build import build_roles, choose_critic, load_policy
+from ..models.generation import without_generation_defaults
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
 from ..models.roles import CRITIC, REWARD, base_of, checkpoint_context
@@ -157,13 +158,18 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         )
         if reward_adapter is not None:
             rewards = [AdapterReward(self.roles.model, tokenizer.pad_token_id, batch_size), *rewards]
+            if self.critic == "adapter" and args.reward_weights is not None:
+                # The critic predicts what PPO pays, the weighted score.
+                self.roles.base.critic_head.weight.data.mul_(args.reward_weights[0])
         if args.gradient_checkpointing and reward_adapter is not None:
             given = args.gradient_checkpointing_kwargs or {}
             if given.get("use_reentrant"):
                 raise ValueError(
                     "gradient_checkpointing_kwargs use_reentrant=True loses the critic's gradients. Set it to False."
                 )
-            args.gradient_checkpointing_kwargs = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
+            given = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
+            # `Trainer` reads the new name when training starts, TRL the old one after each rollout.
+            args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = given
 
         self.roles.freeze()
         super().__init__(
@@ -218,7 +224,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     # Second wrap: values, reference, rewards, advantages
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
+        with without_generation_defaults(self.roles.model):
+            batch = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             rollout = self._complete_rollout(batch, mode)
@@ -333,10 +340,16 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
         state = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor for name, tensor in state.items() if not _is_foreign(name)})
+        base = base_of(self.accelerator.unwrap_model(self.model))
+        # PEFT looks through all modules for weights to save, and a critic may have adapters of its own.
+        critic = base._modules.pop(CRITIC, None)
+        try:
+            super()._save(output_dir, {name: tensor for name, tensor in state.items() if not _is_foreign(name)})
+        finally:
+            if critic is not None:
+                base._modules[CRITIC] = critic
         if not self.args.should_save:
             return
-        base = base_of(self.accelerator.unwrap_model(self.model))
         if self.critic == "model":
             prefix = next(n for n, _ in self.model.named_modules() if n.split(".")[-1] == CRITIC) + "."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

@@ -1,32 +1,128 @@
-"""Logged numbers do not see padding (pitfall S24)."""
+"""Logged numbers: right by hand, blind to padding (pitfall S24), finite without a single token."""
 
+import math
+
+import pytest
 import torch
 
 from rlhf_ext.functional.statistics import explained_variance, ratio_statistics, rollout_statistics
 
 
-def padded(x):
-    return torch.cat([x, torch.full((len(x), 3), float("nan"))], dim=1)
+MASK = torch.tensor([[True, True, False], [True, False, False], [False, True, True]])
+NAMES = ("kl", "rewards", "advantages", "values", "returns")
+
+
+def inputs(mask=MASK, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    found = {name: torch.randn(mask.shape).to(dtype) for name in NAMES}
+    return {"scores": torch.randn(len(mask)).to(dtype), "mask": mask, **found}
+
+
+def padded(x, left=2, right=3):
+    """More columns on either side, and NaN wherever there is padding."""
+    fill = False if x.dtype == torch.bool else math.nan
+    return torch.nn.functional.pad(x.float(), (left, right), value=fill).to(x.dtype)
+
+
+def everything(mask=MASK, change=lambda x: x, dtype=torch.float32):
+    """All numbers of the module; `change` is applied to every `(B, T)` tensor."""
+    given = inputs(mask, dtype=dtype)
+    given = {name: change(x) if x.dim() == 2 else x for name, x in given.items()}
+    ratios = ratio_statistics(given["advantages"], given["values"], given["mask"])
+    return {**rollout_statistics(**given), **ratios}
+
+
+def test_padding_changes_nothing():
+    plain = everything()
+    assert len(plain) == 11
+
+    def with_nan(x):
+        return x if x.dtype == torch.bool else torch.where(MASK, x, math.nan)
+
+    for change in (padded, with_nan, lambda x: padded(with_nan(x), 0, 7)):
+        for name, value in everything(change=change).items():
+            torch.testing.assert_close(value, plain[name], msg=name)
 
 
 def test_ratio_extremes_are_those_of_real_tokens():
     logps, old = torch.tensor([[0.2, 0.4], [0.1, 0.3]]), torch.zeros(2, 2)
     mask = torch.tensor([[True, True], [True, False]])
     found = ratio_statistics(logps, old, mask)
-    torch.testing.assert_close(found["policy/ratio_min"], torch.tensor(0.1).exp())
-    torch.testing.assert_close(found["policy/ratio_max"], torch.tensor(0.4).exp())
-    wide = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], dim=1)
-    for name, value in ratio_statistics(padded(logps), padded(old), wide).items():
-        torch.testing.assert_close(value, found[name])
-    assert ratio_statistics(logps, old, torch.zeros_like(mask))["policy/ratio_max"] == 1
+    # All above 1, then all below: a padded position counted as 1 would be the extreme.
+    assert found["policy/ratio_min"].item() == pytest.approx(math.exp(0.1))
+    assert found["policy/ratio_max"].item() == pytest.approx(math.exp(0.4))
+    below = ratio_statistics(-logps, old, mask)
+    assert below["policy/ratio_max"].item() == pytest.approx(math.exp(-0.1))
+    by_hand = sum(math.exp(x) - 1 - x for x in (0.2, 0.4, 0.1)) / 3
+    assert found["policy/approx_kl"].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_small_distances_are_not_lost():
+    """exp(x) - 1 - x at 1e-3 is 5e-7: below what float32 keeps of r - 1 alone, if expm1 is not used."""
+    tiny = torch.full((1, 4), 1e-3)
+    found = ratio_statistics(tiny, torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
+    assert found["policy/approx_kl"].item() == pytest.approx(5e-7, rel=1e-3)
 
 
 def test_rollout_statistics_by_hand():
-    mask = torch.tensor([[True, True], [True, False]])
-    kl, rewards = torch.tensor([[0.5, 0.1], [0.2, 9.0]]), torch.tensor([[1.0, 2.0], [4.0, 9.0]])
-    values, returns = torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    found = rollout_statistics(torch.tensor([1.0, 2.0]), kl, rewards, rewards, mask, values, returns)
-    torch.testing.assert_close(found["kl"], torch.tensor(0.4))
-    torch.testing.assert_close(found["rlhf_reward"], torch.tensor(3.5))
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+    kl = torch.tensor([[0.5, 0.1], [0.2, 9.0], [0.3, 9.0]])
+    rewards = torch.tensor([[1.0, 2.0], [4.0, 9.0], [50.0, 9.0]])
+    values = torch.tensor([[1.0, 2.0], [3.0, 9.0], [5.0, 9.0]])
+    scores = torch.tensor([1.0, 2.0, math.nan])
+    found = rollout_statistics(scores, kl, rewards, values, mask, values, values)
+    assert found["kl"].item() == pytest.approx(1.1 / 3), "summed per sequence, mean over sequences"
+    assert found["kl_per_token"].item() == pytest.approx(1.1 / 4)
+    assert found["rlhf_reward"].item() == pytest.approx(3.5), "the row without a score is left out"
+    assert found["advantages/mean"].item() == pytest.approx(11 / 4)
+    assert found["advantages/std"].item() == pytest.approx(math.sqrt(39 / 4 - (11 / 4) ** 2))
     assert found["value/explained_variance"] == 1
-    assert explained_variance(values, torch.ones(2, 2), mask) == 0
+    assert set(rollout_statistics(scores, kl, rewards, values, mask)) == {
+        name for name in found if not name.startswith(("value", "returns"))
+    }
+
+
+def test_explained_variance():
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    returns = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert explained_variance(returns + 7, returns, mask) == 1, "an offset is no variance"
+    assert explained_variance(torch.zeros(1, 4), returns, mask) == 0
+    assert explained_variance(-returns, returns, mask) == -3
+    assert explained_variance(returns, torch.ones(1, 4), mask) == 0, "no variance to explain"
+
+
+def test_an_empty_mask_gives_finite_numbers():
+    found = everything(torch.zeros(2, 3, dtype=torch.bool))
+    for name, value in found.items():
+        assert value == (1 if "ratio" in name else 0), name
+    for name, value in everything(torch.zeros(0, 3, dtype=torch.bool)).items():
+        assert torch.isfinite(value), name
+    given = inputs()
+    given["scores"] = torch.full((3,), math.nan)
+    assert rollout_statistics(**given)["rlhf_reward"] == 0
+
+
+def test_half_precision_is_raised_and_nothing_has_a_gradient():
+    for name, value in everything(dtype=torch.bfloat16).items():
+        assert value.dtype == torch.float32, name
+    logps = torch.zeros(1, 2, requires_grad=True)
+    found = ratio_statistics(logps, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("name", [*NAMES, "scores"])
+def test_wrong_shapes_are_named(name):
+    given = inputs()
+    given[name] = given[name][:1]
+    with pytest.raises(ValueError, match=f"`{name}` has shape"):
+        rollout_statistics(**given)
+    given[name] = inputs()[name].long()
+    with pytest.raises(ValueError, match=f"`{name}` has dtype"):
+        rollout_statistics(**given)
+
+
+def test_a_mask_of_integers_is_refused():
+    with pytest.raises(ValueError, match="`mask` has dtype"):
+        ratio_statistics(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).long())
+    with pytest.raises(ValueError, match="`old_logps` has shape"):
+        ratio_statistics(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
