@@ -3,8 +3,9 @@
     python benchmarks/real_data.py --data ../shared/data --tokenizer MODEL --output_dir runs/real
 
 writes `train.jsonl`, `train_shuffled.jsonl` (the control: labels permuted within each row), `test.jsonl` and
-`prompts.jsonl` (red-team prompts whose rows are not in the test split), and `data.json` with the counts. Rows of more
-than `--max_length` tokens are left out and counted per source; training rows stop at `--max_tokens` tokens.
+`prompts.jsonl` (red-team prompts whose rows are not in the test split), and `data.json` with the counts. Training rows
+of more than `--max_length` tokens stay in the file: the recipe leaves them out and counts them. They do not count
+towards `--max_tokens`, at which the training rows stop.
 """
 
 import argparse
@@ -41,7 +42,6 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--max_tokens", type=int, default=250_000)
-    parser.add_argument("--max_test_rows", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -56,23 +56,22 @@ def main() -> None:
             continue
         counts[name]["rows"] += 1
         lengths = [len(tokenizer(row["prompt"] + text)["input_ids"]) + 1 for text in row["completions"]]
-        if max(lengths) > args.max_length:
-            counts[name]["too_long"] += 1
-            continue
-        small = {"prompt": row["prompt"], "completions": row["completions"], "target": row["target"], "origin": name}
-        kept[is_test(row["prompt"])].append({**small, "tokens": sum(lengths)})
+        small = {"prompt": row["prompt"], "completions": row["completions"], "target": row["target"], "source": name}
+        too_long = max(lengths) > args.max_length
+        counts[name]["too_long"] += too_long
+        kept[is_test(row["prompt"])].append((small, 0 if too_long else sum(lengths)))
     for rows in kept.values():
         rng.shuffle(rows)
     train, tokens = [], 0
-    for row in kept[False]:
-        if tokens + row["tokens"] > args.max_tokens:
+    for row, length in kept[False]:
+        if tokens + length > args.max_tokens:
             break
         train.append(row)
-        tokens += row["tokens"]
-    test = kept[True][: args.max_test_rows]
-    for split, rows in (("train", train), ("test", test)):
-        for row in rows:
-            counts[row["origin"]][split] += 1
+        tokens += length
+        counts[row["source"]]["train"] += length > 0
+    test = [row for row, length in kept[True] if length]
+    for row in test:
+        counts[row["source"]]["test"] += 1
     shuffled = []
     for row in train:
         target = list(row["target"])

@@ -31,7 +31,7 @@ def credits(rows: list[dict], scores: list[tuple[float, float]]) -> list[tuple[s
             continue
         sign = 1 if row["target"][0] > row["target"][1] else -1
         found.append(
-            (row["origin"], 0.5 + 0.5 * math.copysign(1, sign * (first - second)) if first != second else 0.5)
+            (row["source"], 0.5 + 0.5 * math.copysign(1, sign * (first - second)) if first != second else 0.5)
         )
     return found
 
