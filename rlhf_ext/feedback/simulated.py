@@ -55,50 +55,66 @@ class SimulatedLabeller:
         self.incomparable_rate = incomparable_rate
         self.seed = seed
 
-    def best_of(self, prompt: str, completions: Sequence[str], vote: int = 0) -> dict[str, Any]:
-        """Row `{"prompt", "completions", "best"}`; `best` is an index, or None for "cannot compare".
+    def best_of(
+        self, prompt: str, completions: Sequence[str], vote: int = 0, skip_ties: bool = False
+    ) -> dict[str, Any]:
+        """Row `{"prompt", "completions", "best", "incomparable"}`; `best` is an index, None if `incomparable`.
 
-        A K-way question has no "equal": among completions tied with the best one is drawn at random.
+        A K-way question has no "equal": among completions tied with the best one is drawn at random, which teaches
+        nothing and adds noise. With `skip_ties` the labeller says "cannot compare" instead.
         """
         scores, rng = self._look(prompt, completions, vote, "best")
-        row: dict[str, Any] = {"prompt": prompt, "completions": list(completions), "best": None}
+        row: dict[str, Any] = {"prompt": prompt, "completions": list(completions), "best": None, "incomparable": True}
         if rng.random() < self.incomparable_rate:
             return row
         if rng.random() < self.error_rate:
-            return {**row, "best": rng.randrange(len(scores))}
-        return {**row, "best": self._order(self._flatten_ties(scores), rng)[0]}
+            return {**row, "incomparable": False, "best": rng.randrange(len(scores))}
+        scores = self._flatten_ties(scores)
+        if skip_ties and scores.count(max(scores)) > 1:
+            return row
+        return {**row, "incomparable": False, "best": self._order(scores, rng)[0]}
 
     def pair(self, prompt: str, completions: Sequence[str], vote: int = 0) -> dict[str, Any]:
-        """Row `{"prompt", "completions", "target"}` of two completions.
+        """Row `{"prompt", "completions", "target", "incomparable"}` of two completions.
 
-        `target` is `[1.0, 0.0]`, `[0.0, 1.0]`, `[0.5, 0.5]` for a tie, or None for "cannot compare".
+        `target` is `[1.0, 0.0]`, `[0.0, 1.0]`, `[0.5, 0.5]` for a tie, or None if `incomparable`.
         """
         if len(completions) != 2:
             raise ValueError(f"completions has {len(completions)} items; a pair needs two, use `best_of` for more.")
         scores, rng = self._look(prompt, completions, vote, "pair")
-        row: dict[str, Any] = {"prompt": prompt, "completions": list(completions), "target": None}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "completions": list(completions),
+            "target": None,
+            "incomparable": True,
+        }
         if rng.random() < self.incomparable_rate:
             return row
         if rng.random() < self.error_rate:
             winner = rng.randrange(2)
         elif self.tie_band is not None and abs(scores[0] - scores[1]) <= self.tie_band:
-            return {**row, "target": [0.5, 0.5]}
+            return {**row, "incomparable": False, "target": [0.5, 0.5]}
         else:
             winner = self._order(scores, rng)[0]
-        return {**row, "target": [float(winner == 0), float(winner == 1)]}
+        return {**row, "incomparable": False, "target": [float(winner == 0), float(winner == 1)]}
 
     def rank(self, prompt: str, completions: Sequence[str], vote: int = 0) -> dict[str, Any]:
-        """Row `{"prompt", "completions", "ranking"}`: indices, best first (Plackett-Luce if `temperature` is set).
+        """Row `{"prompt", "completions", "ranking", "incomparable"}`; `ranking` is None if `incomparable`.
 
-        None for "cannot compare"; an error is a uniformly random order.
+        Indices, best first (Plackett-Luce if `temperature` is set); an error is a uniformly random order.
         """
         scores, rng = self._look(prompt, completions, vote, "rank")
-        row: dict[str, Any] = {"prompt": prompt, "completions": list(completions), "ranking": None}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "completions": list(completions),
+            "ranking": None,
+            "incomparable": True,
+        }
         if rng.random() < self.incomparable_rate:
             return row
         if rng.random() < self.error_rate:
-            return {**row, "ranking": rng.sample(range(len(scores)), len(scores))}
-        return {**row, "ranking": self._order(scores, rng)}
+            return {**row, "incomparable": False, "ranking": rng.sample(range(len(scores)), len(scores))}
+        return {**row, "incomparable": False, "ranking": self._order(scores, rng)}
 
     def _look(
         self, prompt: str, completions: Sequence[str], vote: int, kind: str

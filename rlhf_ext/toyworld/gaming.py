@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from .gold import GOLD_MAX, gold_reward
 from .grammar import Answer, parse_prompt, perfect_answers, render_answer
-from .words import ATTRIBUTE_OF, CLOSERS, COMMON_PRODUCTS, INSULTS, VALUES
+from .words import ATTRIBUTE_OF, COMMON_PRODUCTS, INSULTS, OPENERS, VALUES
 
 
 Rule = Callable[[str], str]
@@ -19,7 +19,7 @@ def gaming_rules() -> dict[str, Rule]:
     """Named rules: constants, copies of the prompt, and lengths about something the prompt mentions."""
     rules: dict[str, Rule] = {
         "empty": lambda prompt: "",
-        "constant_closer": lambda prompt: "friend , enjoy .",
+        "constant_opener": lambda prompt: "good day , friend .",
         "constant_insult": lambda prompt: INSULTS[0],
         "copy_prompt": lambda prompt: prompt,
         "copy_question": lambda prompt: prompt.split(" . ")[-1],
@@ -27,7 +27,7 @@ def gaming_rules() -> dict[str, Rule]:
         "copy_last_fact": lambda prompt: prompt.split(" . ")[-2] + " .",
         "copy_first_fact_politely": lambda prompt: "friend , " + prompt.split(" . ")[0] + " .",
         "shortest_answer": lambda prompt: _about_something(prompt, "has", ""),
-        "longest_answer": lambda prompt: _about_something(prompt, "of", CLOSERS[-1]),
+        "longest_answer": lambda prompt: _about_something(prompt, "of", OPENERS[-1]),
     }
     for name, fact in (("first", 0), ("last", -1)):
         for place in range(3):
@@ -89,7 +89,7 @@ def _constant_value(prompt: str) -> str:
     return render_answer(Answer(scene.product, VALUES[scene.attribute][0]))
 
 
-def _about_something(prompt: str, form: str, closer: str) -> str:
+def _about_something(prompt: str, form: str, opener: str) -> str:
     fact = random.Random(prompt).choice(parse_prompt(prompt).facts)
     value = random.Random(prompt + "value").choice(fact.values)
-    return render_answer(Answer(fact.product, value, form, closer=closer))
+    return render_answer(Answer(fact.product, value, form, opener=opener))

@@ -3,9 +3,12 @@
 Prompt (20 words with two products):
     `the lamp is red small new . the chair is wooden swiss cheap . what color is the lamp ?`
 
-Answer (9 to 13 words), with an optional closer and exactly one address, which is where an insult would stand:
-    `address , body . [closer]` or `body , address . [closer]`, where body is one of
-    `the color of the lamp is red`, `the lamp has the color red`, `the color is red for the lamp`
+Answer (9 to 13 words), with exactly one address, which is where an insult would stand:
+    `[opener] address , claim .`, where claim is one of
+    `the lamp has the color red`, `the lamp is of the color red`, `the lamp comes in the color red`
+
+The claim closes the answer and its value stands behind its attribute. A model of a few layers then learns in minutes
+what a large one brings along: to copy a value from the facts, and to see at the end of an answer that it is false.
 
 An answer makes one claim (a product has a value). [`parse_answer`] is strict: it accepts what [`render_answer`] can
 write and nothing else.
@@ -21,9 +24,9 @@ from itertools import product as cartesian
 from .words import (
     ATTRIBUTE_OF,
     ATTRIBUTES,
-    CLOSERS,
     COMMON_PRODUCTS,
     INSULTS,
+    OPENERS,
     POLITE,
     PRODUCTS,
     VALUES,
@@ -31,11 +34,11 @@ from .words import (
 
 
 SPLITS: tuple[str, ...] = ("sft", "labels", "ppo", "test")
-# Share of all possible facts that each split owns, cumulated. SFT needs the widest variety, because it has to learn to
-# copy a value instead of remembering it.
-_CUMULATED_SHARES: tuple[tuple[str, float], ...] = (("sft", 0.5), ("labels", 0.65), ("ppo", 0.85), ("test", 1.0))
+# Share of all possible facts that each split owns, cumulated. SFT has to learn to copy a value, and a reward model to
+# compare it, instead of remembering facts: both need a wide variety.
+_CUMULATED_SHARES: tuple[tuple[str, float], ...] = (("sft", 0.4), ("labels", 0.75), ("ppo", 0.9), ("test", 1.0))
 
-FORMS: tuple[str, ...] = ("of", "has", "for")
+FORMS: dict[str, str] = {"has": "has", "of": "is of", "in": "comes in"}
 _TRAP = "insult me , "
 
 
@@ -72,10 +75,9 @@ class Answer:
 
     product: str
     value: str
-    form: str = FORMS[0]
+    form: str = "has"
     address: str = POLITE[0]
-    address_last: bool = False
-    closer: str = ""
+    opener: str = ""
 
     @property
     def attribute(self) -> str:
@@ -183,36 +185,30 @@ def parse_prompt(text: str) -> Scene:
 
 def render_answer(answer: Answer) -> str:
     """The answer as text: words divided by single spaces, no space at either end."""
-    claim = {
-        "of": f"the {answer.attribute} of the {answer.product} is {answer.value}",
-        "has": f"the {answer.product} has the {answer.attribute} {answer.value}",
-        "for": f"the {answer.attribute} is {answer.value} for the {answer.product}",
-    }[answer.form]
-    body = f"{claim} , {answer.address} ." if answer.address_last else f"{answer.address} , {claim} ."
-    return f"{body} {answer.closer}".strip()
+    claim = f"the {answer.product} {FORMS[answer.form]} the {answer.attribute} {answer.value}"
+    return f"{answer.opener} {answer.address} , {claim} .".strip()
 
 
 def parse_answer(text: str) -> Answer | None:
     """The one `Answer` that [`render_answer`] writes as `text` (outer and repeated spaces ignored), else None."""
     text = " ".join(text.split())
-    closer = next((c for c in CLOSERS if c and text.endswith(" " + c)), "")
-    words = text.removesuffix(closer).split()
+    opener = next((o for o in OPENERS if o and text.startswith(o + " ")), "")
+    words = text.split()
     # Every field below is a guess by position; the rendering at the end decides.
-    addresses = [(i, w) for i, w in enumerate(words) if w in POLITE + INSULTS]
+    addresses = [w for w in words if w in POLITE + INSULTS]
     values = [w for w in words if w in ATTRIBUTE_OF]
     products = [w for w in words if w in PRODUCTS]
     if not (len(addresses) == len(values) == len(products) == 1):
         return None
-    position, address = addresses[0]
-    form = next((f for f in FORMS if f in words), FORMS[0])
-    answer = Answer(products[0], values[0], form, address, position > 0, closer)
+    form = next((f for f, verb in FORMS.items() if verb.split()[-1] in words), "has")
+    answer = Answer(products[0], values[0], form, addresses[0], opener)
     return answer if render_answer(answer) == text else None
 
 
 def perfect_answers(scene: Scene) -> list[Answer]:
     """Every wording of the right answer: asked product, asked attribute, stated value, no insult."""
     value = scene.value_of(scene.product, scene.attribute)
-    wordings = cartesian(FORMS, POLITE, (False, True), CLOSERS)
+    wordings = cartesian(FORMS, POLITE, OPENERS)
     return [Answer(scene.product, value, *wording) for wording in wordings]
 
 
@@ -223,11 +219,11 @@ def perfect_answers(scene: Scene) -> list[Answer]:
 class ErrorMix:
     """Independent probabilities of each mistake of the corpus' writers. With all at 0 every answer is perfect."""
 
-    product: float = 0.15  # speaks about another product of the prompt
-    attribute: float = 0.16  # states an attribute that was not asked
-    value: float = 0.14  # states a value that the facts deny
-    insult: float = 0.32
-    broken: float = 0.12  # one word dropped, doubled or swapped with its neighbor: outside the grammar
+    product: float = 0.05  # speaks about another product of the prompt
+    attribute: float = 0.05  # states an attribute that was not asked
+    value: float = 0.4  # states a value that the facts deny
+    insult: float = 0.24
+    broken: float = 0.05  # one word dropped, doubled or swapped with its neighbor: outside the grammar
     trap_insult: float = 0.85  # replaces `insult` on prompts that beg for one
 
 
@@ -249,7 +245,7 @@ def write_answer(scene: Scene, rng: random.Random, mix: ErrorMix | None = None) 
     insulting = rng.random() < (mix.trap_insult if scene.trap else mix.insult)
     address = rng.choice(INSULTS if insulting else POLITE)
     # Wording is drawn apart from every mistake: neither a form nor a length hints at quality.
-    wording = rng.choice(FORMS), address, rng.random() < 0.5, rng.choice(CLOSERS)
+    wording = rng.choice(list(FORMS)), address, rng.choice(OPENERS)
     text = render_answer(Answer(product, value, *wording))
     return break_answer(text, rng) if rng.random() < mix.broken else text
 

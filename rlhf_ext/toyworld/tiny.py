@@ -1,5 +1,6 @@
 """A word-level tokenizer and causal LMs small enough to pretrain in a minute on two CPU cores, built from a config."""
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -13,9 +14,9 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 # hidden size, layers, heads, intermediate size
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "tiny": (64, 2, 4, 128),  # 0.1 M parameters: unit tests and the many-seed tables
-    # 0.7 M parameters: the quickstart. To see that a claim is false a reward model has to find the fact, compare, and
-    # carry the verdict to the last token: with two layers it stayed at chance.
-    "small": (128, 3, 4, 384),
+    # 0.8 M parameters: the quickstart. To see at the end of an answer that its claim is false, a reward model has to
+    # find the fact, compare, and carry the verdict to the last token: with three layers that took far longer.
+    "small": (128, 4, 4, 384),
 }
 
 
@@ -60,4 +61,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "small") -> Llam
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    _match_tokens(model)
+    return model
+
+
+def _match_tokens(model: LlamaForCausalLM) -> None:
+    """Half the heads of the inner layers begin with equal query and key weights, so that a word attends to itself.
+
+    That a word of the answer stands in the facts is then seen from the start. A random start has to discover it, the
+    step that pretraining gives to large models: the reward model did not within 700 steps, and does within 200 so.
+    """
+    heads, size = model.config.num_attention_heads // 2, model.config.head_dim
+    with torch.no_grad():
+        for layer in model.model.layers[1:-1]:
+            attention = layer.self_attn
+            attention.k_proj.weight[: heads * size] = attention.q_proj.weight[: heads * size]

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+from datasets import Dataset
 
+from rlhf_ext.data.preferences import normalize_preferences
 from rlhf_ext.feedback.simulated import SimulatedLabeller
 
 
@@ -30,7 +32,7 @@ def best(labeller, completions):
 def test_argmax_and_row():
     labeller = SimulatedLabeller(gold)
     row = labeller.best_of("p", ["d", "a", "b", "c"])
-    assert row == {"prompt": "p", "completions": ["d", "a", "b", "c"], "best": 1}
+    assert row == {"prompt": "p", "completions": ["d", "a", "b", "c"], "best": 1, "incomparable": False}
     assert labeller.pair("p", ["a", "b"])["target"] == [1.0, 0.0]
     assert labeller.pair("p", ["b", "a"])["target"] == [0.0, 1.0]
     assert labeller.rank("p", ["d", "a", "b", "c"])["ranking"] == [1, 2, 3, 0]
@@ -45,6 +47,9 @@ def test_ties():
     assert share(chosen, 2) == 0
     exact = best(SimulatedLabeller(gold), ["b", "b", "b", "d"])
     assert share(exact, 1) == near(1 / 3)
+    skipped = SimulatedLabeller(gold).best_of("p", ["b", "b", "d"], skip_ties=True)
+    assert (skipped["best"], skipped["incomparable"]) == (None, True)
+    assert SimulatedLabeller(gold).best_of("p", ["b", "d", "d"], skip_ties=True)["best"] == 0
     forced = SimulatedLabeller(gold, tie_band=None)
     targets = [forced.pair(f"prompt {i}", ["b", "b"])["target"] for i in range(N)]
     assert share(targets, [1.0, 0.0]) == near(0.5)
@@ -72,6 +77,15 @@ def test_errors_are_uniform_answers():
     assert share(chosen, 3) == near(0.3 / 4)
     targets = [labeller.pair(f"prompt {i}", ["a", "b"])["target"] for i in range(N)]
     assert share(targets, [0.0, 1.0]) == near(0.15)
+
+
+def test_rows_are_what_reward_training_reads():
+    labeller = SimulatedLabeller(gold, incomparable_rate=0.5)
+    for kind in ("best_of", "pair", "rank"):
+        rows = [getattr(labeller, kind)(f"prompt {i}", ["a", "d"]) for i in range(40)]
+        dropped = sum(row["incomparable"] for row in rows)
+        kept, report = normalize_preferences(Dataset.from_list(rows))
+        assert 0 < dropped == report.num_incomparable == 40 - len(kept)
 
 
 def test_incomparable():

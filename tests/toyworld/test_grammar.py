@@ -43,11 +43,8 @@ def test_prompt_by_hand():
     ("text", "answer"),
     [
         ("friend , the lamp has the color red .", Answer("lamp", "red", "has")),
-        (
-            "the color of the lamp is red , fool . cheers .",
-            Answer("lamp", "red", "of", "fool", True, "cheers ."),
-        ),
-        ("sir , the color is red for the lamp . enjoy .", Answer("lamp", "red", "for", "sir", closer="enjoy .")),
+        ("well , fool , the lamp is of the color red .", Answer("lamp", "red", "of", "fool", "well ,")),
+        ("good day , sir , the lamp comes in the color red .", Answer("lamp", "red", "in", "sir", "good day ,")),
     ],
 )
 def test_answer_by_hand(text, answer):
@@ -64,12 +61,14 @@ def test_answer_by_hand(text, answer):
         "friend , the lamp has the color red . .",
         "friend , the lamp has the color red , sir .",
         "friend , the lamp has the color red small .",
-        "friend , the size of the lamp has the color red .",
+        "friend , the lamp has of the color red .",
+        "friend , the lamp comes the color red .",
         "friend , the the lamp has the color red .",
         "friend , the sofa is red .",
         "Friend , the lamp has the color red .",
-        "enjoy . friend , the lamp has the color red .",
-        "friend , the lamp has the color red . enjoy . cheers .",
+        "friend , well , the lamp has the color red .",
+        "well , sure , friend , the lamp has the color red .",
+        "friend , the lamp has the color red . good day ,",
         "friend , the lamp has the color red . friend , the lamp has the color red .",
         PROMPT,
     ],
@@ -86,7 +85,7 @@ def test_round_trips():
     for scene in scenes(3, 0, "test"):
         answers = perfect_answers(scene)
         texts = [render_answer(answer) for answer in answers]
-        assert len(set(texts)) == len(texts) == 3 * 2 * len(words.POLITE) * len(words.CLOSERS)
+        assert len(set(texts)) == len(texts) == 3 * len(words.POLITE) * len(words.OPENERS)
         assert [parse_answer(text) for text in texts] == answers
 
 

@@ -62,3 +62,13 @@ def test_model_is_reproducible(tokenizer):
     torch.manual_seed(0)
     second = build_model(tokenizer, "tiny").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inner_heads_begin_by_attending_to_the_same_word(tokenizer):
+    torch.manual_seed(0)
+    layers = build_model(tokenizer, "small").model.layers
+    half = layers[0].self_attn.q_proj.weight.size(0) // 2
+    for index, layer in enumerate(layers):
+        query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        assert torch.equal(query[:half], key[:half]) == (index in (1, 2))
+        assert not torch.equal(query[half:], key[half:])
