@@ -23,6 +23,8 @@ class RowLengths:
             Tokens of the prompt, with the special tokens that the tokenizer puts before or around text.
         completions (`list[int]`):
             Tokens of each completion, with the end-of-sequence token.
+        longest (`int`):
+            Tokens of the prompt and its longest completion, read as one text, as reward training reads them.
         mismatches (`int`):
             Completions for which tokens(prompt) + tokens(completion) are not tokens(prompt + completion). Where that
             is so, a model trained on joined text reads other tokens than one that continues the prompt's tokens.
@@ -30,12 +32,8 @@ class RowLengths:
 
     prompt: int
     completions: list[int] = field(default_factory=list)
+    longest: int = 0
     mismatches: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt and its longest completion."""
-        return self.prompt + max(self.completions, default=0)
 
 
 def candidates(row: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -77,6 +75,7 @@ def _measure(
     return RowLengths(
         prompt=len(ids[parts[0][0]]) + around,
         completions=[len(ids[completion]) + end for _, completion, _ in parts if completion],
+        longest=max(len(ids[joined]) + around + (end if completion else 0) for _, completion, joined in parts),
         mismatches=sum(ids[prompt] + ids[completion] != ids[joined] for prompt, completion, joined in parts),
     )
 

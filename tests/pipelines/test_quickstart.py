@@ -1,0 +1,80 @@
+"""The whole quickstart at a size that learns nothing: its files, its numbers, and what drives PPO."""
+
+import json
+import math
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_ext.pipelines import quickstart
+from rlhf_ext.pipelines.quickstart import quick, run_quickstart
+
+
+POLICY_KEYS = {
+    *("gold_reward", "helpful", "honest", "harmless", "grammatical"),
+    *("kl", "length", "truncated", "distinct_2"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    settings = quick(
+        model_size="tiny",
+        sft_rows=64,
+        sft_steps=2,
+        label_prompts=60,
+        reward_batch_size=4,
+        reward_steps=2,
+        ppo_prompts=32,
+        num_updates=2,
+        rollout_size=8,
+        test_prompts=16,
+        label_error_rate=0.5,
+    )
+    return folder, run_quickstart(str(folder), 3, settings)
+
+
+def test_metrics_are_written_and_finite(run):
+    folder, metrics = run
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {"gold_reward_max", "win_rate", "reward_accuracy", "seconds"} <= set(metrics)
+    for name in ("sft", "ppo"):
+        assert set(metrics[name]) == POLICY_KEYS
+        assert all(math.isfinite(value) for value in metrics[name].values())
+    assert metrics["seed"] == 3
+    assert metrics["sft"]["kl"] == 0.0
+
+
+def test_the_report_needs_no_other_file(run):
+    folder, _ = run
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page and "<script" not in page
+
+
+def test_every_model_loads_on_its_own(run):
+    folder, _ = run
+    for name in ("sft", "ppo"):
+        AutoModelForCausalLM.from_pretrained(folder / name)
+    for name in ("reward", "ppo/critic"):
+        AutoModelForSequenceClassification.from_pretrained(folder / name)
+
+
+def test_ppo_never_sees_gold(run, tmp_path, monkeypatch):
+    """With gold out of reach of everything but the plots, the same policy comes out."""
+    folder, metrics = run
+    monkeypatch.setattr(quickstart, "gold_reward", lambda prompts, completions: [float("nan")] * len(prompts))
+    for name in ("sft", "reward"):
+        (tmp_path / name).symlink_to(folder / name)
+    settings = quick(**metrics["settings"])
+    policy, _ = quickstart._train_ppo(str(tmp_path), quickstart.build_tokenizer(), settings, 3)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "ppo").state_dict()
+    again = policy.state_dict()
+    assert saved and all((again[name] == tensor).all() for name, tensor in saved.items())
+
+
+def test_endless_text_is_paid_less(run):
+    tokenizer = quickstart.build_tokenizer()
+    reward = quickstart._unfinished(tokenizer, 5.0)
+    assert reward(["p"] * 2, ["a"] * 2, [[7, tokenizer.eos_token_id], [7, 7]]) == [0.0, -5.0]
