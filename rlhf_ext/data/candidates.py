@@ -17,7 +17,8 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
     Tokenise the completions of a general row, each after its prompt, as [`~trl.RewardTrainer`] does with a pair.
 
     Text: the end-of-sequence token is appended where it does not stand, and prompt + completion are tokenised as one.
-    Messages: the chat template of prompt + completion. `tools` and `chat_template_kwargs` are passed on.
+    Messages: the chat template of prompt + completion, up to the token that ends the turn. `tools` and
+    `chat_template_kwargs` are passed on.
 
     Returns:
         `dict[str, Any]`: `candidate_ids`, and what [`locate_completions`] adds.
@@ -32,6 +33,26 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
             messages = [*row.get("prompt", []), *completion]
             candidate_ids.append(_template_ids(processing_class, messages, row))
     return locate_completions({**row, "candidate_ids": candidate_ids}, processing_class)
+
+
+def end_at_closer(ids: list[int], start: int, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Cut blank text that a chat template writes behind the token that ends a turn (ChatML ends it with a line break).
+
+    A rollout stops at that token, so a reward model that learnt to score one later would be read at a position it was
+    never trained on.
+
+    Args:
+        ids (`list[int]`):
+            Prompt and completion, as the template wrote them.
+        start (`int`):
+            Where the completion begins; a closer in the prompt does not count.
+    """
+    closers = set(processing_class.all_special_ids)
+    last = max((place for place in range(start, len(ids)) if ids[place] in closers), default=None)
+    if last is None or processing_class.decode(ids[last + 1 :]).strip():
+        return ids
+    return ids[: last + 1]
 
 
 def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -59,6 +80,10 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     else:
         prompt_ids = _template_ids(processing_class, prompt, row, add_generation_prompt=True)
     starts = [_common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
+    if _has_messages(row):
+        candidate_ids = [
+            end_at_closer(ids, start, processing_class) for ids, start in zip(candidate_ids, starts, strict=True)
+        ]
     return {
         "candidate_ids": candidate_ids,
         "completion_starts": starts,
@@ -164,6 +189,11 @@ def _template_ids(processing_class: PreTrainedTokenizerBase, messages: list, row
     tools = json.loads(tools) if isinstance(tools, str) else tools
     options = {"tools": tools, **(row.get("chat_template_kwargs") or {}), **kwargs}
     return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def _has_messages(row: dict[str, Any]) -> bool:
+    texts = (row.get("prompt"), row.get("chosen"), *(row.get("completions") or []))
+    return any(isinstance(text, list) for text in texts)
 
 
 def _common_prefix_length(ids: list[int], other: list[int]) -> int:

@@ -4,6 +4,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from .loading import is_empty
+
 
 # Columns that the trainer itself hands to reward functions.
 RESERVED_COLUMNS = {"prompt_ids", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -59,7 +61,7 @@ def check_prompts(
     for index, row in enumerate(rows):
         count += 1
         prompt = row.get("prompt")
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        if is_empty(prompt):
             empty.append(index)
             continue
         if not isinstance(prompt, str) and not is_conversational({"prompt": prompt}):

@@ -12,9 +12,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
+from transformers.utils import logging
 
+from .reward_checkpoints import saved_aggregation
 from .roles import POLICY, REFERENCE
 
+
+logger = logging.get_logger(__name__)
 
 HEAD_KEY = "base_model.model.score.weight"
 
@@ -34,6 +38,12 @@ def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"reward_adapter={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base."
+        )
+    if saved_aggregation(folder) != "last":
+        raise ValueError(
+            f"reward_adapter={folder!r} was trained with reward_aggregation={saved_aggregation(folder)!r}, but an "
+            "adapter on the policy's base is read at the last token. Load it with `load_reward_model` and pass it in "
+            "`reward_funcs`."
         )
     weights = load_peft_weights(folder, device="cpu")
     head = weights.pop(HEAD_KEY, None)
@@ -60,6 +70,13 @@ def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor
         ValueError: the weights do not fit the base (another architecture or size).
     """
     config, weights, head = read_scalar_adapter(folder)
+    trained_on, base = config.base_model_name_or_path, model.get_base_model().config._name_or_path
+    if trained_on and base and os.path.realpath(trained_on) != os.path.realpath(base):
+        # Two names may mean one model, so it is no error; equal shapes do not show that they do.
+        logger.warning(
+            f"reward_adapter={folder!r} was trained on {trained_on!r}, the policy's base is {base!r}. If these are "
+            "different weights its scores mean nothing."
+        )
     model.add_adapter(name, config)
     expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     if expected != set(weights):

@@ -47,16 +47,20 @@ def critic_from_policy(base: PreTrainedModel) -> PreTrainedModel:
     """A critic for rewards that are no model: the policy's trunk with a head of zeros (Ziegler et al. 2019)."""
     config = copy.deepcopy(base.config)
     config.num_labels = 1
-    critic = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+    critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     getattr(critic, critic.base_model_prefix).load_state_dict(base.base_model.state_dict())
     nn.init.zeros_(critic.score.weight)
     return critic
 
 
 def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
-    """A trainable copy of a reward model whose output is `weight` times the score, the unit that PPO pays in."""
+    """A trainable copy of a reward model whose output is `weight` times the score, the unit that PPO pays in.
+
+    What trains is float32: in bf16 an update at PPO's learning rates rounds to nothing.
+    """
+    classifier_of(reward_model)  # refuses what has no scalar head, before anything is copied
     critic = copy.deepcopy(reward_model).train()
-    head = critic.get_base_model().score if isinstance(critic, PeftModel) else critic.score
+    head = classifier_of(critic).score
     if isinstance(critic, PeftModel):
         critic.requires_grad_(False)
         for name, parameter in critic.named_parameters():
@@ -65,6 +69,9 @@ def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
             parameter.requires_grad_(trained and ".original_module." not in name)
     else:
         critic.requires_grad_(True)
+    for parameter in critic.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(weight)
@@ -251,8 +258,8 @@ def choose_critic(
         name = getattr(critic_model.config, "_name_or_path", "")
         if name and os.path.exists(os.path.join(name, "tokenizer_config.json")):
             check_vocabularies(policy_processing_class, AutoTokenizer.from_pretrained(name), "critic_model")
-        classifier_of(critic_model)
-        return critic, critic_model
+        # A copy: the caller's model may be frozen, or be the reward model itself, and neither would train.
+        return critic, critic_from_reward(critic_model, 1.0)
     models = [r.reward for r in rewards if isinstance(r.reward, ModelReward)]
     if len(models) == 1 and len(rewards) == 1:
         reward = models[0]

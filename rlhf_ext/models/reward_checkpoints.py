@@ -70,8 +70,13 @@ def load_reward_model(
     base = model.get_base_model() if adapter_config is not None else model
     if isinstance(getattr(base, "score", None), nn.Module):
         set_head(base.score, head)
-        pool_by_attention_mask(model, saved.get("reward_aggregation", "last"))
+        pool_by_attention_mask(model, saved_aggregation(path))
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def saved_aggregation(path: str) -> str:
+    """How the reward model in `path` makes a score of its tokens; `"last"` where no file says."""
+    return _read_json(_find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
 
 
 def _load_classifier(path: str, dtype: str | torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, set[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.candidates import end_at_closer
 from .pooling import last_token_scores, pooled_aggregation, sum_token_scores, token_scores
 
 
@@ -56,6 +57,11 @@ class ModelReward:
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; choose 1 or more.")
+        labels = getattr(model.config, "num_labels", 1)
+        if labels != 1:
+            raise ValueError(
+                f"The reward model {_name_of(model)!r} has `num_labels` {labels}; it must give one score."
+            )
         self.model = model
         self.processing_class = processing_class
         self.policy_processing_class = policy_processing_class
@@ -147,9 +153,11 @@ class ModelReward:
                 text += eos
             return self.processing_class(text=text)["input_ids"]
         # An open last turn is what the template knows of a cut answer; the closed one is what reward training read.
-        return self.processing_class.apply_chat_template(
+        ids = self.processing_class.apply_chat_template(
             [*prompt, *completion], tokenize=True, return_dict=True, continue_final_message=not finished
         )["input_ids"]
+        start = _common_prefix(self._prompt_ids(prompt), ids)
+        return end_at_closer(ids, start, self.processing_class) if finished else ids
 
     def _check_lengths(self, rows: list[list[int]]) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -71,7 +71,13 @@ def resolve_rewards(
     Raises:
         ValueError: the lengths differ.
     """
-    funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    funcs = (
+        []
+        if reward_funcs is None
+        else list(reward_funcs)
+        if isinstance(reward_funcs, (list, tuple))
+        else [reward_funcs]
+    )
     tokenizers = reward_processing_classes
     if not isinstance(tokenizers, list):
         tokenizers = [tokenizers] * len(funcs)

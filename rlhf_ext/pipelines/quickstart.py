@@ -267,8 +267,8 @@ def _train_reward(
         **_shared(output_dir, "reward", seed),
         per_device_train_batch_size=settings.reward_batch_size,
         learning_rate=settings.reward_learning_rate,
-        # A false value shows at its own token. Summed over tokens that is learnt in 400 steps; at the last token alone,
-        # where it has to be carried first, not reliably in 800.
+        # A false value shows at its own token. Summed over tokens that is learnt in 400 steps; at the last token
+        # alone, to which it has to be carried first, not reliably in 800.
         reward_aggregation="sum",
         max_steps=settings.reward_steps,
         lr_scheduler_type="cosine",

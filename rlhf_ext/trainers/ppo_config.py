@@ -35,6 +35,9 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "use_liger_kernel": (False, "it replaces the forward that carries the roles"),
     "cast_lm_head_to_fp32": (False, "the reference would keep its own precision and the KL would not start at 0"),
     "load_best_model_at_end": (False, "the parent would load the policy and leave the critic behind"),
+    "neftune_noise_alpha": (None, "noise in the embeddings moves the ratio off 1 before the first update"),
+    "remove_unused_columns": (False, "every column of a row belongs to the reward functions"),
+    "label_smoothing_factor": (0.0, "there are no labels"),
     "auto_find_batch_size": (False, "a halved batch breaks the rollout"),
     "max_tool_calling_iterations": (None, "tools are not supported"),
 }
@@ -205,6 +208,11 @@ class PPOConfig(GRPOConfig):
         for name in ("kl_coef", "vf_coef", "critic_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.adaptive_kl_target is not None and self.generation_batch_size >= 5 * self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} is too short for rollouts of {self.generation_batch_size} completions: "
+                "the coefficient could turn negative. Set it above a fifth of the rollout, better to many rollouts."
+            )
         if self.delta is not None and not self.delta > 1:
             raise ValueError(f"delta={self.delta} must be above 1: it caps the ratio. Use None to leave it out.")
         if self.adaptive_kl_target is not None and self.kl_coef == 0:

@@ -132,7 +132,8 @@ class RolloutMixin:
         statistics = rollout_statistics(**everywhere)
         metrics = self._metrics[mode]
         for name, value in statistics.items():
-            metrics[name].append(value.item())
+            if self.args.kl_coef > 0 or name not in ("kl", "kl_per_token"):  # without a reference there is no KL
+                metrics[name].append(value.item())
         metrics["kl_coef"].append(self.kl_coef)
         # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
         metrics.pop("frac_reward_zero_std", None)

@@ -4,6 +4,7 @@ Rooms below do the work: formulas in `functional/`, roles in `models/`; `ppo_rol
 are only the seams.
 """
 
+import copy
 import os
 import textwrap
 from typing import Any
@@ -32,7 +33,7 @@ from ..models.generation import without_generation_defaults
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
 from ..models.roles import CRITIC, REWARD, base_of, checkpoint_context
-from ..models.scoring import ModelReward
+from ..models.scoring import ModelReward, checked_reward
 from .ppo_config import PPOConfig
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 
@@ -57,7 +58,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The policy's tokenizer; loaded from the model's folder if not given.
         reward_processing_classes (tokenizer or list of tokenizers, *optional*):
-            One per reward. A reward model with the policy's vocabulary is fed the rollout's own token ids.
+            One per reward in `reward_funcs`. A reward model with the policy's vocabulary is fed the rollout's own ids.
         callbacks, optimizers, quantization_config:
             As for [`~trl.GRPOTrainer`].
         peft_config (`PeftConfig`, *optional*):
@@ -66,7 +67,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             Critic of its own for `critic="model"`, a sequence classifier with one label and the policy's tokenizer.
             If not given it starts as a copy of the reward model.
         reward_adapter (`str`, *optional*):
-            Folder of a reward adapter that was trained on the same base. It is added to the policy's base, and the
+            Folder of a reward adapter that was trained on the same base. It is the first reward (so the first of
+            `args.reward_weights`), is added to the policy's base, and the
             critic (`critic="adapter"`) starts as a copy of it.
 
     Raises:
@@ -103,7 +105,7 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
         critic_model=None,
         reward_adapter: str | None = None,
     ):
-        args = PPOConfig("ppo") if args is None else args
+        args = PPOConfig("ppo") if args is None else copy.copy(args)  # the caller may use it for another trainer
         set_seed(args.seed)  # adapters start at random
         if isinstance(model, str):
             kwargs = {**(args.model_init_kwargs or {})}
@@ -157,7 +159,11 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             keep_reference=args.kl_coef > 0,
         )
         if reward_adapter is not None:
-            rewards = [AdapterReward(self.roles.model, tokenizer.pad_token_id, batch_size), *rewards]
+            # The first reward, so the first of `reward_weights`.
+            adapter_reward = AdapterReward(self.roles.model, tokenizer.pad_token_id, batch_size)
+            checked = checked_reward(adapter_reward)
+            checked.reward = adapter_reward
+            rewards = [checked, *rewards]
             if self.critic == "adapter" and args.reward_weights is not None:
                 # The critic predicts what PPO pays, the weighted score.
                 self.roles.base.critic_head.weight.data.mul_(args.reward_weights[0])
@@ -183,6 +189,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             optimizers=optimizers,
         )
         self.roles.unfreeze()
+        if optimizers[0] is not None:
+            self._check_optimizer(optimizers[0])
 
         self.reference = self.roles.reference
         if self.reference is not None:
@@ -283,8 +291,13 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             reduction="sum",
         )
         divisor = self._loss_divisor(inputs)
+        parts = self.current_gradient_accumulation_steps if self.model.training else 1
         self._log_means(
-            {"value_loss": critic_loss.detach() / divisor, "value/clip_fraction": metrics["value_clip_fraction"]}
+            # One micro-batch's share of the step, times their number: the mean that is logged is the step's loss.
+            {
+                "value_loss": critic_loss.detach() / divisor * parts,
+                "value/clip_fraction": metrics["value_clip_fraction"],
+            }
         )
         return loss + self.args.vf_coef * critic_loss / divisor
 
@@ -328,6 +341,21 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
                     group["params"] = [p for p in group["params"] if id(p) not in critic]
                     optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """A caller's optimizer was made before the critic and the adapters were: what it lacks would never train."""
+        if self.args.critic_learning_rate is not None:
+            raise ValueError(
+                f"critic_learning_rate={self.args.critic_learning_rate} has no effect on an optimizer of your own. "
+                "Remove it, or pass no optimizer."
+            )
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if lost:
+            raise ValueError(
+                f"optimizers[0] lacks {len(lost)} trained parameters, {lost[0]!r} first: the critic and new adapters "
+                "are made by the trainer. Pass no optimizer, and set `optim`, `learning_rate`, `critic_learning_rate`."
+            )
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from rlhf_ext.data.candidates import pair_to_candidates, tokenize_candidates
 from rlhf_ext.models.scoring import (
     ModelReward,
     checked_reward,
@@ -284,3 +286,32 @@ def test_checked_rewards_keep_names_and_values():
         asyncio.run(waiting(prompts=["a"] * 3, completions=["b"] * 3))
     with pytest.raises(ValueError, match="returned a float"):
         checked_reward(lambda **kwargs: 1.0)(**batch)
+
+
+def line_break_tokenizer(words=WORDS):
+    """A tokenizer that keeps line breaks, and a template that writes one behind the end of every turn, as ChatML."""
+    tokenizer = tiny_tokenizer(words=(*words, "\n"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token + ' '", "eos_token + ' \\n '")
+    return tokenizer
+
+
+@pytest.mark.parametrize("own_words", [WORDS, tuple(reversed(WORDS))], ids=["shared", "own"])
+def test_s03_training_and_scoring_end_at_the_token_that_closes_the_turn(own_words):
+    own, policy = line_break_tokenizer(own_words), line_break_tokenizer()
+    prompt, good = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "good"}]
+    bad = [{"role": "assistant", "content": "bad"}]
+    template = own.apply_chat_template(prompt + good, tokenize=True, return_dict=True)["input_ids"]
+    assert own.decode(template[-1:]) == "\n" and template[-2] == own.eos_token_id
+    general = tokenize_candidates({"prompt": prompt, "completions": [good, bad]}, own)
+    assert general["candidate_ids"][0] == template[:-1]
+    pair = {"prompt": prompt, "chosen": prompt + good, "rejected": prompt + bad}
+    pair |= {"chosen_ids": template, "rejected_ids": [*template[:-3], *own("bad")["input_ids"], *template[-2:]]}
+    assert pair_to_candidates(pair, 0, own, None)["candidate_ids"] == general["candidate_ids"]
+
+    model = tiny_reward_model("llama", own)
+    reward = ModelReward(model, own, policy)
+    ids = [*policy("good")["input_ids"], policy.eos_token_id]
+    row = torch.tensor([general["candidate_ids"][0]])
+    trained = token_scores(model, row, torch.ones_like(row))[0, -1].item()
+    assert reward([prompt], [good], [ids])[0] == pytest.approx(trained, abs=1e-5)

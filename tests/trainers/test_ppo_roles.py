@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.functional import compute_gae, masked_whiten, shape_rewards
 from rlhf_ext.models.roles import checkpoint_context
-from rlhf_ext.models.scoring import last_token_scores, load_reward_model
+from rlhf_ext.models.scoring import ModelReward, last_token_scores, load_reward_model
 from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
@@ -270,7 +270,8 @@ def test_policy_and_critic_move_and_nobody_else(tmp_path, adapters, run):
     assert not any(".reward." in name or "reward_head" in name or ".ref." in name for name in trainable)
     before = weights(trainer.model)
     reference = weights(trainer.reference) if trainer.reference is not None else {}
-    rewards = [func.reward.model for func in trainer.reward_funcs if hasattr(getattr(func, "reward", None), "model")]
+    rewards = [func.reward for func in trainer.reward_funcs if hasattr(func, "reward")]
+    rewards = [reward.model for reward in rewards if isinstance(reward, ModelReward)]
     kept = [weights(model) for model in rewards]
 
     gradients = backward(trainer, rollout(trainer))

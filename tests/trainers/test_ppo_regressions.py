@@ -1,0 +1,157 @@
+"""What a reviewer found: each was silent, and each test was red before its fix."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from rlhf_ext.models.build import critic_from_policy, critic_from_reward
+from rlhf_ext.models.reward_checkpoints import save_reward_config
+from rlhf_ext.models.scoring import load_reward_model
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.trainers.test_ppo_roles import (
+    Adapters,
+    base_policy,
+    build,
+    changed,
+    length,
+    logged,
+    lora,
+    one_base,
+    rollout,
+    weights,
+    zero,
+)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return Adapters(tmp_path_factory.mktemp)
+
+
+def reward_model():
+    return tiny_reward_model("llama", tiny_tokenizer(), seed=1)
+
+
+def test_the_reference_is_read_at_the_temperature_of_the_policy(tmp_path, adapters):
+    for trainer in (
+        build(tmp_path, reward_funcs=length, config={"temperature": 0.7}),
+        one_base(tmp_path, adapters, temperature=0.7),
+    ):
+        rollout(trainer)
+        assert trainer._metrics["train"]["kl"][-1] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_adapted_coefficient_reaches_the_rewards(tmp_path):
+    trainer = build(
+        tmp_path,
+        reward_funcs=length,
+        config={"adaptive_kl_target": 0.01, "kl_horizon": 20, "kl_coef": 0.5, "max_steps": 4, "learning_rate": 0.05},
+    )
+    trainer.train()
+    assert trainer.kl_coef > 0.55, "the controller has moved"
+    seen = {}
+    compute = trainer.compute_advantages
+    trainer.compute_advantages = lambda batch: seen.update(batch, kl_coef=trainer.kl_coef) or compute(batch)
+    rollout(trainer)
+    expected = seen["scores"] - seen["kl_coef"] * seen["kl"].sum(-1)
+    assert seen["kl"].sum(-1).abs().max() > 0.1
+    torch.testing.assert_close(seen["rewards"].sum(-1), expected)
+
+
+@pytest.mark.parametrize("model", [lambda: "same", lambda: reward_model().requires_grad_(False)])
+def test_a_critic_given_as_a_model_trains(tmp_path, model):
+    reward = reward_model()
+    given = reward if model() == "same" else model()
+    trainer = build(tmp_path, reward_funcs=reward, critic_model=given, config={"max_steps": 1})
+    before, kept = weights(trainer.model), weights(given)
+    trainer.train()
+    moved = changed(trainer.model, before)
+    assert any(name.startswith("critic.") for name in moved)
+    assert changed(given, kept) == set(), "the caller's model is left alone"
+
+
+def test_a_critic_from_the_folder_of_an_adapter_trains(tmp_path, adapters):
+    critic = load_reward_model(str(adapters["llama"] / "reward"))
+    assert isinstance(critic, PeftModel)
+    trainer = build(tmp_path, reward_funcs=length, critic_model=critic, config={"max_steps": 1})
+    before = weights(trainer.model)
+    trainer.train()
+    assert any("critic" in name for name in changed(trainer.model, before))
+
+
+def test_an_optimizer_without_the_critic_is_refused(tmp_path):
+    policy = tiny_causal_lm("llama", tiny_tokenizer())
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizers\[0\] lacks .*'critic\."):
+        build(tmp_path, policy, reward_funcs=reward_model(), optimizers=(optimizer, None))
+    config = {"advantage_estimator": "leave_one_out", "num_generations": 2}
+    policy = tiny_causal_lm("llama", tiny_tokenizer())
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    build(tmp_path, policy, reward_funcs=length, optimizers=(optimizer, None), config=config)
+
+
+def test_a_summing_reward_adapter_is_refused(tmp_path, adapters):
+    import shutil
+
+    folder = tmp_path / "summing"
+    shutil.copytree(adapters["llama"] / "reward", folder)
+    save_reward_config(str(folder), "sum", None)
+    with pytest.raises(ValueError, match="reward_aggregation='sum'.*load_reward_model"):
+        build(tmp_path, base_policy(adapters["llama"]), reward_adapter=str(folder), peft_config=lora())
+
+
+def test_nan_of_the_reward_adapter_is_named(tmp_path, adapters):
+    trainer = one_base(tmp_path, adapters)
+    trainer.roles.base.reward_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="'reward_adapter' returned .*nan.* for rows"):
+        trainer.train()
+
+
+def test_the_logged_value_loss_does_not_depend_on_the_split(tmp_path):
+    losses = []
+    for size, parts in ((8, 1), (2, 4)):
+        trainer = build(
+            tmp_path,
+            reward_funcs=reward_model(),
+            config={
+                "per_device_train_batch_size": size,
+                "steps_per_generation": parts,
+                "gradient_accumulation_steps": parts,
+                "temperature": 1e-4,  # the same completions, whatever the split
+                "max_steps": 1,
+            },
+        )
+        trainer.train()
+        losses.append(logged(trainer, "value_loss")[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_no_kl_is_logged_without_a_reference(tmp_path):
+    trainer = build(tmp_path, reward_funcs=zero, config={"kl_coef": 0.0, "max_steps": 1})
+    trainer.train()
+    assert logged(trainer, "kl") == [] and logged(trainer, "rlhf_reward") != []
+
+
+def test_what_trains_of_a_critic_is_float32():
+    model = tiny_reward_model("llama", tiny_tokenizer(), dtype=torch.bfloat16)
+    policy = tiny_causal_lm("llama", tiny_tokenizer(), dtype=torch.bfloat16)
+    for critic in (critic_from_reward(model, 1.0), critic_from_policy(policy)):
+        assert {p.dtype for p in critic.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_configuration_of_the_caller_is_left_alone(tmp_path):
+    from rlhf_ext import PPOConfig, PPOTrainer
+    from tests.trainers.test_ppo_roles import ARGUMENTS, PROMPTS, Dataset
+
+    tokenizer = tiny_tokenizer()
+    tiny_causal_lm("llama", tokenizer).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    args = PPOConfig(output_dir=str(tmp_path / "out"), model_init_kwargs={"dtype": "float32"}, **ARGUMENTS)
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    PPOTrainer(model=str(tmp_path / "policy"), reward_funcs=(length,), args=args, train_dataset=rows)
+    assert args.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_a_horizon_shorter_than_the_rollout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="kl_horizon=1 is too short for rollouts of 8"):
+        build(tmp_path, reward_funcs=zero, config={"adaptive_kl_target": 1.0, "kl_horizon": 1})
