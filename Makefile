@@ -29,7 +29,8 @@ slow-tests:
 
 slow-learning:  ## the quickstart meets its goals on every seed; the table goes to docs/results.md
 	for seed in $(SEEDS); do rlhf-ext quickstart --seed $$seed --output_dir $(RUNS)/quickstart-$$seed || exit 1; done
-	$(PYTHON) benchmarks/quickstart_seeds.py --runs $(RUNS) --seeds $(SEEDS) --result benchmarks/results/quickstart.json
+	$(PYTHON) benchmarks/quickstart_seeds.py --runs $(RUNS) --seeds $(SEEDS) --result benchmarks/results/quickstart.json; \
+	status=$$?; $(PYTHON) benchmarks/results.py; exit $$status
 
 recipes:  ## each recipe, two steps, from its own YAML
 	pytest -n 0 tests/test_recipes.py
