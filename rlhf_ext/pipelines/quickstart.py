@@ -44,13 +44,13 @@ class QuickstartSettings:
     reward_batch_size: int = 16
     reward_learning_rate: float = 1e-3
     reward_steps: int = 500
-    ppo_prompts: int = 4_096
-    num_updates: int = 70
-    rollout_size: int = 128
+    ppo_prompts: int = 8_192
+    num_updates: int = 60
+    rollout_size: int = 256
     ppo_learning_rate: float = 4e-4
     critic_learning_rate: float = 1e-3
     ppo_epochs: int = 2
-    minibatches: int = 2
+    minibatches: int = 4
     kl_coef: float = 0.2
     missing_eos_penalty: float = 5.0
     vf_coef: float = 0.1
