@@ -25,6 +25,13 @@ def rate(dtype: torch.dtype, width: int, repeats: int = 5) -> float:
     return 2 * 1600 * 640 * width / statistics.median(seconds) / 1e9
 
 
+def bfloat16_instructions() -> str:
+    """Those that Linux lists for this CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return ", ".join(sorted(words & {"avx512_bf16", "amx_bf16", "avx_ne_convert"})) or "none found"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, required=True)
@@ -37,13 +44,13 @@ def main() -> None:
         wide, narrow = rate(torch.float32, width), rate(torch.bfloat16, width)
         rows.append([f"(1600, 640) x (640, {width})", round(wide, 1), round(narrow, 1), round(narrow / wide, 2)])
     result = {
-        "title": "Arithmetic of the CPU: why the runs on Gemma 3 270M are in float32",
+        "title": "Arithmetic of the CPU: which dtype a run on it should take",
         "command": "python benchmarks/cpu_dtype.py --result benchmarks/results/cpu_dtype.json",
         "commit": commit,
         "seed": 0,
         "columns": ["product", "float32, GFLOP/s", "bfloat16, GFLOP/s", "bfloat16 / float32"],
         "rows": rows,
-        "notes": [f"One thread, no bfloat16 instructions, torch {torch.__version__}; other jobs were running."],
+        "notes": [f"One thread, torch {torch.__version__}, bfloat16 instructions: {bfloat16_instructions()}."],
     }
     args.result.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,7 +1,8 @@
 """Classic RLHF from nothing, offline: SFT, best-of-4 labels, K-way reward model, PPO with a critic from it.
 
 The toy world knows the true reward of every answer ("gold"). Only the simulated labeller reads it: PPO is driven by
-the reward model that was trained on the labels, so that the table at the end says what preferences achieved.
+the reward model that was trained on the labels (and a penalty for answers without an end), so that the table at the
+end says what preferences achieved.
 """
 
 import json

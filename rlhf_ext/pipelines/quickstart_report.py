@@ -139,8 +139,8 @@ def write_report(
 <title>rlhf_ext quickstart, seed {metrics["seed"]}</title><style>{_STYLE}</style></head><body>
 <h1>Classic RLHF on the toy world, seed {metrics["seed"]}</h1>
 <p class="note">SFT on a mixed corpus, 4 completions a prompt, the best one marked by a simulated labeller, a K-way
-reward model on the labels, PPO driven by that reward model alone. Gold is the true reward: only the labeller and
-this page know it. All numbers are on held-out prompts.</p>
+reward model on the labels, PPO driven by that reward model and by a penalty for an answer that does not end. Gold is
+the true reward: only the labeller and this page know it. All numbers are on held-out prompts.</p>
 <table><tr><th></th><th>SFT</th><th>PPO</th></tr>{table}</table>
 <p>{"<br>".join(html.escape(line) for line in summary_lines(metrics))}</p>
 <h2>PPO, update by update</h2><div class="plots">{plots}</div>
