@@ -46,13 +46,13 @@ class QuickstartSettings:
     reward_learning_rate: float = 1e-3
     reward_steps: int = 500
     ppo_prompts: int = 8_192
-    num_updates: int = 60
+    num_updates: int = 50
     rollout_size: int = 256
     ppo_learning_rate: float = 4e-4
     critic_learning_rate: float = 1e-3
     ppo_epochs: int = 2
     minibatches: int = 4
-    kl_coef: float = 0.2
+    kl_coef: float = 0.5
     missing_eos_penalty: float = 5.0
     vf_coef: float = 0.1
     test_prompts: int = 512
