@@ -21,7 +21,8 @@ def read_run(folder: Path) -> tuple[list[dict], pd.DataFrame]:
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     updates = [entry for entry in history if "kl" in entry]
     tables = [pd.read_parquet(path) for path in sorted((folder / "completions").glob("*.parquet"))]
-    frame = pd.concat(tables).drop_duplicates(["step", "prompt", "completion"])
+    # Every epoch writes the table of its rollout again.
+    frame = pd.concat(tables).drop_duplicates(["prompt", "completion"])
     score = next(name for name in frame.columns if name not in ("step", "prompt", "completion", "advantage"))
     return updates, frame.rename(columns={score: "score"})
 
