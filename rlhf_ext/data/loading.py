@@ -131,11 +131,20 @@ def prompt_key(row: dict[str, Any]) -> str:
 
 
 def shared_start(first: Any, second: Any) -> Any:
-    """What two texts, or two lists of messages, begin with alike."""
+    """The prompt of two texts, or two lists of messages, that hold it: what they begin with alike.
+
+    In text two answers may begin with the same words, which are no prompt: it ends with the last `Assistant:` (the
+    form of hh-rlhf), where there is none with the last line break, else with the last whole word.
+    """
     length = 0
     while length < min(len(first), len(second)) and first[length] == second[length]:
         length += 1
-    return first[:length]
+    shared = first[:length]
+    if isinstance(shared, str):
+        for border in ("Assistant:", "\n", " "):
+            if border in shared:
+                return shared[: shared.rindex(border) + len(border)]
+    return shared
 
 
 def is_empty(value: Any) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from rlhf_ext.data.arguments import DataArguments, load_splits
-from rlhf_ext.data.loading import holdout_by_prompt, load_rows, prompt_key, require_columns
+from rlhf_ext.data.loading import holdout_by_prompt, load_rows, prompt_key, require_columns, shared_start
 
 
 ROWS = [{"prompt": f"question {i} ?", "completions": [f" a {i}", f" b {i}"], "target": [1.0, 0.0]} for i in range(6)]
@@ -185,3 +185,13 @@ def test_load_splits(tmp_path):
 
     with pytest.raises(ValueError, match=r"names \['prime'\].*has \['even', 'odd'\]"):
         load_splits(DataArguments(dataset_name=path, dataset_source=["prime"]), wants_eval=False, seed=0)
+
+
+def test_pairs_without_a_prompt_column_have_one_key_per_prompt():
+    first = {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: yet"}
+    second = {"chosen": "\n\nHuman: hi\n\nAssistant: no", "rejected": "\n\nHuman: hi\n\nAssistant: maybe"}
+    assert prompt_key(first) == prompt_key(second)
+    assert prompt_key({**first, "chosen": "\n\nHuman: ho\n\nAssistant: yes"}) != prompt_key(first)
+    assert shared_start("say: good", "say: gone") == "say: "
+    turns = [{"role": "user", "content": "hi"}]
+    assert shared_start([*turns, {"a": 1}], [*turns, {"a": 2}]) == turns
