@@ -52,7 +52,7 @@ class QuickstartSettings:
     critic_learning_rate: float = 1e-3
     ppo_epochs: int = 2
     minibatches: int = 4
-    kl_coef: float = 0.5
+    kl_coef: float = 1.0
     missing_eos_penalty: float = 5.0
     vf_coef: float = 0.1
     test_prompts: int = 512
