@@ -310,6 +310,8 @@ def _train_ppo(
         critic_learning_rate=settings.critic_learning_rate,
         kl_coef=settings.kl_coef,
         vf_coef=settings.vf_coef,
+        # A clip of 0.2 is meant for scores of size 1: here they are of size 10, and the critic would creep.
+        epsilon_value=None,
         max_completion_length=settings.max_completion_length,
     )
     reward = os.path.join(output_dir, "reward")
