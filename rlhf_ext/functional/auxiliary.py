@@ -8,7 +8,7 @@ import torch
 
 from . import _checks as checks
 from ._checks import Metrics, Reduction
-from .masking import masked_var
+from .statistics import explained_variance
 
 
 def value_loss(
@@ -61,13 +61,9 @@ def value_loss(
         worst = torch.max(error, (clipped - returns).square())
     loss = 0.5 * checks.reduce(worst, mask, reduction)
 
-    with torch.no_grad():
-        variance = masked_var(returns, mask)
-        unexplained = masked_var(returns - values, mask)
-        explained = torch.where(variance > 0, 1.0 - unexplained / torch.where(variance > 0, variance, 1.0), 0.0)
     return loss, {
         "value_clip_fraction": checks.share(worst.detach() > error.detach(), mask, error.dtype),
-        "explained_variance": explained,
+        "explained_variance": explained_variance(values.detach(), returns, mask),
         "value_mean": checks.mean(values.detach(), mask),
     }
 
