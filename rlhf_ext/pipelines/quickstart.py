@@ -44,9 +44,9 @@ class QuickstartSettings:
     label_error_rate: float = 0.0
     reward_batch_size: int = 16
     reward_learning_rate: float = 1e-3
-    reward_steps: int = 500
+    reward_steps: int = 800
     ppo_prompts: int = 8_192
-    num_updates: int = 50
+    num_updates: int = 40
     rollout_size: int = 256
     ppo_learning_rate: float = 4e-4
     critic_learning_rate: float = 1e-3
