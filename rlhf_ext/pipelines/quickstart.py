@@ -32,7 +32,7 @@ from .quickstart_report import print_table, write_report
 
 @dataclass
 class QuickstartSettings:
-    """Sizes and rates of a run. The defaults meet the numbers of `docs/results.md` within six minutes on two cores."""
+    """Sizes and rates of a run; what the defaults reach, and in what time, is in `docs/results.md`."""
 
     model_size: str = "small"
     max_completion_length: int = 16
