@@ -96,10 +96,12 @@ def main() -> None:
         _, frame = read_run(args.run)
         steps = sorted(frame["step"].unique())
         lines = ["# Samples of the PPO run on Gemma 3 270M", ""]
+        lines += ["Five completions of the first rollout and five of the last, 32 tokens each, from a base model.", ""]
         for step in (steps[0], steps[-1]):
             lines += [f"## Step {step}", ""]
             for _, row in frame[frame["step"] == step].head(5).iterrows():
-                lines += [f"- score {row['score']:.3f}: `{row['prompt'].strip()!r}` -> `{row['completion']!r}`"]
+                # The prompts are not ours to copy.
+                lines += [f"- score {row['score']:.3f}: `{row['completion']!r}`"]
             lines.append("")
         args.samples.write_text("\n".join(lines), encoding="utf-8")
 
