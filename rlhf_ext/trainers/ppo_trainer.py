@@ -5,7 +5,6 @@ are only the seams.
 """
 
 import copy
-import os
 import textwrap
 from typing import Any
 
@@ -27,18 +26,18 @@ from ..functional import (
     value_loss,
 )
 from ..functional.statistics import ratio_statistics
-from ..models.adapters import save_scalar_adapter
 from ..models.build import build_roles, choose_critic, load_policy
 from ..models.generation import without_generation_defaults
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
-from ..models.roles import CRITIC, REWARD, base_of, checkpoint_context
+from ..models.roles import CRITIC, checkpoint_context
 from ..models.scoring import ModelReward, checked_reward
+from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 
 
-class PPOTrainer(RolloutMixin, GRPOTrainer):
+class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -327,14 +326,14 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
             divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return divisor
 
-    # Optimizer and files
+    # Optimizer
 
     def create_optimizer(self, *args, **kwargs):
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.critic_learning_rate
         if created and rate is not None and self.critic != "none":
-            critic = {id(p) for n, p in self.model.named_parameters() if _is_critic(n)}
+            critic = {id(p) for n, p in self.model.named_parameters() if is_critic(n)}
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if id(p) in critic]
                 if own:
@@ -357,51 +356,8 @@ class PPOTrainer(RolloutMixin, GRPOTrainer):
                 "are made by the trainer. Pass no optimizer, and set `optim`, `learning_rate`, `critic_learning_rate`."
             )
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if resume_from_checkpoint:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: exact resuming is not part of this version, "
-                "and resuming it inexactly would go unnoticed. Start a new run from the saved policy and critic."
-            )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        state = self.model.state_dict() if state_dict is None else state_dict
-        base = base_of(self.accelerator.unwrap_model(self.model))
-        # PEFT looks through all modules for weights to save, and a critic may have adapters of its own.
-        critic = base._modules.pop(CRITIC, None)
-        try:
-            super()._save(output_dir, {name: tensor for name, tensor in state.items() if not _is_foreign(name)})
-        finally:
-            if critic is not None:
-                base._modules[CRITIC] = critic
-        if not self.args.should_save:
-            return
-        if self.critic == "model":
-            prefix = next(n for n, _ in self.model.named_modules() if n.split(".")[-1] == CRITIC) + "."
-            own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            base.critic.save_pretrained(os.path.join(folder, CRITIC), state_dict=own)
-            self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
-        for name in (CRITIC, REWARD):
-            head = getattr(base, f"{name}_head", None)
-            if head is not None:
-                save_scalar_adapter(self.roles.model, name, head.weight, os.path.join(folder, name))
-                self.processing_class.save_pretrained(os.path.join(folder, name))
-
 
 def _named(eval_dataset) -> list[tuple[str, Any]]:
     if isinstance(eval_dataset, dict):
         return [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
     return [("eval_dataset", eval_dataset)]
-
-
-def _is_critic(name: str) -> bool:
-    parts = name.split(".")
-    return CRITIC in parts or f"{CRITIC}_head" in parts
-
-
-def _is_foreign(name: str) -> bool:
-    """Whether a parameter belongs to a role with a folder of its own: a policy's file holds no foreign key."""
-    parts = name.split(".")
-    return _is_critic(name) or REWARD in parts or f"{REWARD}_head" in parts
