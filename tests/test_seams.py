@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -39,8 +40,21 @@ SIGNATURES = {
     (GRPOTrainer, "create_optimizer"): (["self", "model"], "critic_learning_rate"),
     (GRPOTrainer, "train"): (
         ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-        "PPOTrainer.train: refusing to resume",
+        "CompleteCheckpointMixin.train: checks the checkpoint",
     ),
+    **{
+        (owner, name): (["self", *parameters], f"{name}: checkpoints that are complete or absent")
+        for owner in (GRPOTrainer, RewardTrainer)
+        for name, parameters in {
+            "_get_output_dir": ["trial"],
+            "_save_checkpoint": ["model", "trial"],
+            "_push_from_checkpoint": ["checkpoint_folder"],
+        }.items()
+    },
+    (GRPOTrainer, "_save_rng_state"): (["self", "output_dir"], "resuming: the rollout in use is saved"),
+    (GRPOTrainer, "_load_rng_state"): (["self", "checkpoint"], "resuming: the rollout in use comes back"),
+    (GRPOTrainer, "_load_from_checkpoint"): (["self", "resume_from_checkpoint", "model"], "resuming: every role"),
+    (GRPOTrainer, "_get_train_sampler"): (["self", "dataset"], "resuming: the order of a later epoch"),
     (RewardTrainer, "compute_loss"): (
         ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
         "PreferenceRewardTrainer.compute_loss",
@@ -238,10 +252,13 @@ INSTEAD = {("PPOTrainer", "_compute_loss"): "compute_policy_loss", ("PreferenceR
 @pytest.mark.parametrize("ours", [PPOTrainer, PreferenceRewardTrainer])
 def test_overrides_call_super(ours):
     parent = next(base for base in ours.__mro__ if base.__module__.startswith("trl."))
-    overridden = [n for n, f in vars(ours).items() if inspect.isfunction(f) and hasattr(parent, n)]
-    assert {"__init__", "_save"} <= set(overridden)
-    for name in overridden:
-        body = inspect.getsource(getattr(ours, INSTEAD.get((ours.__name__, name), name) or name))
+    mixed = [kind for kind in ours.__mro__ if kind.__module__.startswith("rlhf_ext.")]
+    overridden = [
+        (kind, n) for kind in mixed for n, f in vars(kind).items() if inspect.isfunction(f) and hasattr(parent, n)
+    ]
+    assert {"__init__", "_save", "train", "_save_checkpoint"} <= {name for _, name in overridden}
+    for kind, name in overridden:
+        body = inspect.getsource(vars(kind)[INSTEAD.get((ours.__name__, name), name) or name])
         if INSTEAD.get((ours.__name__, name), name) is None:
             assert "Does not call `super()`" in body, f"{ours.__name__}.{name} has to say why"
         else:
@@ -459,3 +476,23 @@ def test_one_completion_per_prompt_needs_our_integer():
     with pytest.raises(ValueError, match="at least 2 generations"):
         GRPOConfig(output_dir="unused", num_generations=1, use_cpu=True, bf16=False)
     assert PPOConfig(output_dir="unused", use_cpu=True, bf16=False).num_generations == 1
+
+
+# Resuming
+
+
+def test_what_a_checkpoint_of_ppo_holds_of_the_parent(trainer):
+    """Private state that decides how a run goes on: where it is in a rollout, and what waits to be logged."""
+    for name in ("_step", "_buffered_inputs", "_metrics", "_logs"):
+        assert hasattr(trainer, name), name
+    body = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "self._step % generate_every == 0 or self._buffered_inputs is None" in body
+    assert "self._buffered_inputs[self._step % self.args.steps_per_generation]" in body
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler.generator, torch.Generator) and sampler.num_samples == len(PROMPTS)
+    loop = inspect.getsource(Trainer._inner_training_loop) + inspect.getsource(Trainer._run_epoch)
+    # In this order: the loss is set to zero, data is skipped, then our part of the state is read.
+    assert loop.index("self._tr_loss = torch.tensor(0.0") < loop.index("self._load_rng_state(")
+    assert "self._globalstep_last_logged = self.state.global_step" in loop
+    saving = inspect.getsource(Trainer._save_checkpoint)
+    assert "self._get_output_dir(trial=trial)" in saving and "self._push_from_checkpoint(output_dir)" in saving

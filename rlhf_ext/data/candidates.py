@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from .loading import common_prefix_length
 from .preferences import PreferenceReport
 
 
@@ -79,7 +80,7 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
             prompt_ids = prompt_ids[:-1]
     else:
         prompt_ids = _template_ids(processing_class, prompt, row, add_generation_prompt=True)
-    starts = [_common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
+    starts = [common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
     if _has_messages(row):
         candidate_ids = [
             end_at_closer(ids, start, processing_class) for ids, start in zip(candidate_ids, starts, strict=True)
@@ -194,8 +195,3 @@ def _template_ids(processing_class: PreTrainedTokenizerBase, messages: list, row
 def _has_messages(row: dict[str, Any]) -> bool:
     texts = (row.get("prompt"), row.get("chosen"), *(row.get("completions") or []))
     return any(isinstance(text, list) for text in texts)
-
-
-def _common_prefix_length(ids: list[int], other: list[int]) -> int:
-    pairs = enumerate(zip(ids, other, strict=False))
-    return next((position for position, (one, two) in pairs if one != two), min(len(ids), len(other)))

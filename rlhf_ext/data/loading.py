@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,18 @@ def shared_start(first: Any, second: Any) -> Any:
     In text two answers may begin with the same words, which are no prompt: it ends with the last `Assistant:` (the
     form of hh-rlhf), where there is none with the last line break, else with the last whole word.
     """
-    length = 0
-    while length < min(len(first), len(second)) and first[length] == second[length]:
-        length += 1
-    shared = first[:length]
+    shared = first[: common_prefix_length(first, second)]
     if isinstance(shared, str):
         for border in ("Assistant:", "\n", " "):
             if border in shared:
                 return shared[: shared.rindex(border) + len(border)]
     return shared
+
+
+def common_prefix_length(ids: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = enumerate(zip(ids, other, strict=False))
+    return next((position for position, (one, two) in pairs if one != two), min(len(ids), len(other)))
 
 
 def is_empty(value: Any) -> bool:

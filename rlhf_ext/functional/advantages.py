@@ -146,3 +146,30 @@ def leave_one_out_advantages(returns: torch.Tensor, *, group_size: int) -> torch
     groups = checks.upcast(returns).view(-1, group_size)
     baseline = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - baseline).flatten()
+
+
+@torch.no_grad()
+def baseline_advantages(returns: torch.Tensor, baseline: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """Reward-to-go against a baseline: A_t = G_t - b_t.
+
+    Williams 1992; with the critic's value as b_t it is actor-critic with Monte-Carlo returns (Sutton et al. 1999).
+
+    Args:
+        returns (`torch.Tensor`):
+            Shape `(B, T)`, G_t from token t on. Masked positions may hold NaN.
+        baseline (`torch.Tensor`, *optional*):
+            Shape `(B, T)`, b_t known before token t is drawn, such as V(s_t). None: no baseline.
+        mask (`torch.Tensor`):
+            Bool `(B, T)`.
+
+    Returns:
+        `torch.Tensor`: Shape `(B, T)`, float32 or better; 0 at masked positions. No gradient.
+
+    Raises:
+        ValueError: If shapes differ or a dtype is wrong.
+    """
+    checks.check_masked(mask, returns=returns)
+    if baseline is None:
+        return checks.clear(returns, mask)
+    checks.check_masked(mask, baseline=baseline)
+    return checks.clear(returns, mask) - checks.clear(baseline, mask)

@@ -48,14 +48,14 @@ def policy_gradient_loss(
     }
 
 
-def _log_ratio(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def log_ratio_of(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     log_ratio = checks.clear(logps, mask) - checks.clear(old_logps.detach(), mask)
     # Far above any sane ratio (e^44 in float32): an infinite ratio would turn the gradient of a clipped token into
     # 0 * inf = NaN. Below the bound nothing changes.
     return log_ratio.clamp(max=0.5 * math.log(torch.finfo(log_ratio.dtype).max))
 
 
-def _ratio_metrics(log_ratio: torch.Tensor, mask: torch.Tensor) -> Metrics:
+def ratio_metrics(log_ratio: torch.Tensor, mask: torch.Tensor) -> Metrics:
     log_ratio = log_ratio.detach()
     ratio = log_ratio.exp()
     some = mask.any()
@@ -128,7 +128,7 @@ def ppo_clip_loss(
         # At 1 or below it would clamp tokens the policy has not moved at all, and take their gradient.
         checks.check_scalar("delta", delta, above=1.0)
 
-    log_ratio = _log_ratio(logps, old_logps, mask)
+    log_ratio = log_ratio_of(logps, old_logps, mask)
     advantages = checks.clear(advantages.detach(), mask)
     ratio = log_ratio.exp()
     bounded = ratio if delta is None else ratio.clamp(max=delta)
@@ -138,7 +138,7 @@ def ppo_clip_loss(
     loss = -checks.reduce(torch.min(unclipped, clipped), mask, reduction)
 
     outside = (ratio.detach() < 1.0 - epsilon) | (ratio.detach() > 1.0 + high)
-    metrics = _ratio_metrics(log_ratio, mask)
+    metrics = ratio_metrics(log_ratio, mask)
     metrics["clip_fraction"] = checks.share(outside, mask, ratio.dtype)
     metrics["clip_fraction_binding"] = checks.share(clipped.detach() < unclipped.detach(), mask, ratio.dtype)
     return loss, metrics
@@ -186,11 +186,11 @@ def ppo_penalty_loss(
     checks.check_masked(mask, logps=logps, old_logps=old_logps, advantages=advantages, kl=kl)
     checks.check_reduction(reduction)
     checks.check_scalar("penalty_coef", penalty_coef, minimum=0.0)
-    log_ratio = _log_ratio(logps, old_logps, mask)
+    log_ratio = log_ratio_of(logps, old_logps, mask)
     surrogate = log_ratio.exp() * checks.clear(advantages.detach(), mask)
     kl = checks.clear(kl, mask)
     loss = -checks.reduce(surrogate, mask, reduction) + penalty_coef * checks.reduce(kl, mask, reduction)
-    metrics = _ratio_metrics(log_ratio, mask)
+    metrics = ratio_metrics(log_ratio, mask)
     metrics["surrogate"] = checks.mean(surrogate.detach(), mask)
     metrics["penalty_kl"] = checks.mean(kl.detach(), mask)
     return loss, metrics

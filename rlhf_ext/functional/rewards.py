@@ -58,3 +58,26 @@ def shape_rewards(
         checks.check_tensor("token_rewards", token_rewards, mask.shape)
         rewards = rewards + checks.clear(token_rewards, mask)
     return rewards
+
+
+@torch.no_grad()
+def combine_scores(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of several rewards: sum_k weights_k scores_k over the rewards that apply to a row.
+
+    Args:
+        scores (`torch.Tensor`):
+            Shape `(B, K)`, one per completion and reward; NaN where a reward does not apply.
+        weights (`torch.Tensor`):
+            Shape `(K,)`.
+
+    Returns:
+        `torch.Tensor`: Shape `(B,)`, float32 or better. NaN for a row that no reward scored: 0 would be a score.
+
+    Raises:
+        ValueError: If shapes differ or a dtype is not floating.
+    """
+    checks.check_tensor("scores", scores)
+    checks.check_tensor("weights", weights, scores.shape[-1:])
+    scores = checks.upcast(scores)
+    weighted = (scores * weights.to(scores)).nansum(dim=-1)
+    return torch.where(scores.isnan().all(dim=-1), torch.nan, weighted)

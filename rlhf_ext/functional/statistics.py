@@ -1,12 +1,13 @@
 """Numbers that are logged, not trained on.
 
 Shapes: B batch, T completion tokens. Mask: True = a real completion token. Masked inputs may hold NaN; padding never
-changes a number, and an empty mask gives 0 (ratios: 1) instead of NaN.
+changes a number, and an empty mask gives 0 instead of NaN.
 """
 
 import torch
 
 from . import _checks as checks
+from .losses import log_ratio_of, ratio_metrics
 from .masking import masked_mean, masked_var
 
 
@@ -89,11 +90,20 @@ def ratio_statistics(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.T
         ValueError: If shapes differ, an input is not floating or `mask` is not bool.
     """
     checks.check_masked(mask, logps=logps, old_logps=old_logps)
-    log_ratio = checks.clear(logps, mask) - checks.clear(old_logps, mask)
-    # Padding would count as a ratio of 1 and hide a minimum above it.
-    ratio = log_ratio[mask].exp() if mask.any() else log_ratio.new_ones(1)
-    return {
-        "policy/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
-        "policy/ratio_max": ratio.max(),
-        "policy/ratio_min": ratio.min(),
-    }
+    metrics = ratio_metrics(log_ratio_of(logps, old_logps, mask), mask)
+    return {f"policy/{name}": metrics[name] for name in ("approx_kl", "ratio_max", "ratio_min")}
+
+
+@torch.no_grad()
+def row_means(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of each row over its real tokens, `(B,)`; 0 for a row without any.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, T)`): one number per token.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+
+    Raises:
+        ValueError: If shapes differ, `x` is not floating or `mask` is not bool.
+    """
+    checks.check_masked(mask, x=x)
+    return checks.clear(x, mask).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
+from torch import nn
 from transformers.utils import logging
 
 from .reward_checkpoints import saved_aggregation
@@ -97,6 +98,43 @@ def add_reference_adapter(model: PeftModel) -> None:
     model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[POLICY]))
     weights = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE)
+
+
+def load_adapter_weights(model: PeftModel, name: str, folder: str, head: nn.Module | None = None) -> None:
+    """Put the adapter that [`save_scalar_adapter`] or PEFT wrote in `folder` into adapter `name`, bit by bit.
+
+    Unlike PEFT's `load_adapter` it touches no `requires_grad`. `head` gets the head in the file.
+
+    Raises:
+        ValueError: the file has other weights than the adapter.
+    """
+    weights = load_peft_weights(folder, device="cpu")
+    if head is not None:
+        with torch.no_grad():
+            head.weight.copy_(weights.pop(HEAD_KEY))
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if expected != set(weights):
+        odd = sorted(expected.symmetric_difference(weights))
+        raise ValueError(f"{folder!r} does not fit adapter {name!r}: {len(odd)} weights differ, {odd[0]!r} first.")
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def check_adapter_weights(model: PeftModel, name: str, folder: str, head: nn.Module | None = None) -> None:
+    """Compare a frozen adapter, and its head, with the copy in `folder`.
+
+    Raises:
+        ValueError: they differ, so a run resumed from there would go on under another reward or reference.
+    """
+    saved = load_peft_weights(folder, device="cpu")
+    now = dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    if head is not None:
+        now[HEAD_KEY] = head.weight
+    odd = [key for key in sorted(saved) if key not in now or not torch.equal(now[key].detach().cpu(), saved[key])]
+    if odd or len(now) != len(saved):
+        raise ValueError(
+            f"The adapter {name!r} is not the one in {folder!r} ({len(odd)} weights differ): resuming would go on "
+            "under another reward or reference. Pass the same `model` and `reward_adapter` as before."
+        )
 
 
 def save_scalar_adapter(model: PeftModel, name: str, head: torch.Tensor, folder: str) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import add_reference_adapter, add_scalar_adapter
+from .reward_checkpoints import find_file
 from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
 from .scoring import ModelReward, classifier_of, load_reward_model
 
@@ -140,7 +141,8 @@ def build_roles(
             Policy.
         critic (`str`):
             `"model"`: `critic_model` becomes the submodule `critic` of the base. `"adapter"`: the reward adapter is
-            added twice, frozen as `reward` and trainable as `critic`. `"none"`: no values.
+            added twice, frozen as `reward` and trainable as `critic`. `"shared"`: added once, frozen, with a second,
+            trainable head for the values. `"none"`: no values.
         critic_model (`PreTrainedModel` or `PeftModel`, *optional*):
             Sequence classifier with one label.
         reward_adapter (`str`, *optional*):
@@ -184,8 +186,12 @@ def build_roles(
 
     heads = {}
     if reward_adapter is not None:
-        for name in [REWARD, CRITIC] if critic == "adapter" else [REWARD]:
-            heads[name] = scalar_head(add_scalar_adapter(model, name, reward_adapter), trainable=name == CRITIC)
+        weight = add_scalar_adapter(model, REWARD, reward_adapter)
+        heads[REWARD] = scalar_head(weight, trainable=False)
+        if critic == "adapter":
+            add_scalar_adapter(model, CRITIC, reward_adapter)
+        if critic in ("adapter", "shared"):
+            heads[CRITIC] = scalar_head(weight, trainable=True)
     roles = Roles(model, RoleSwitch(model), reference, "ref" if is_peft and not fresh else None)
     # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the
     # adapters of a critic of its own stay as they are when the policy's are switched.
@@ -196,7 +202,7 @@ def build_roles(
         if critic_model is None:
             raise ValueError('critic="model" needs a `critic_model`.')
         roles.base.add_module(CRITIC, critic_model)
-    bind_roles(model, roles.switch)
+    bind_roles(model, roles.switch, shared_trunk=critic == "shared")
     if is_peft:
         for name, parameter in model.named_parameters():
             if f".{REWARD}." in name or ".ref." in name:
@@ -230,15 +236,15 @@ def choose_critic(
             Whether the advantage estimator reads values at all.
 
     Returns:
-        `tuple[str, nn.Module | None]`: `"adapter"`, `"model"` or `"none"`, and the model for `"model"`.
+        `tuple[str, nn.Module | None]`: `"adapter"`, `"shared"`, `"model"` or `"none"`, and the model for `"model"`.
 
     Raises:
         ValueError: the critic cannot be built from what was given.
     """
     if critic is None:
         critic = "none" if not reads_values else "adapter" if reward_adapter is not None else "model"
-    if critic == "adapter" and reward_adapter is None:
-        raise ValueError("critic='adapter' starts from a `reward_adapter`, which was not given. Pass its folder.")
+    if critic in ("adapter", "shared") and reward_adapter is None:
+        raise ValueError(f"critic={critic!r} starts from a `reward_adapter`, which was not given. Pass its folder.")
     if critic != "model":
         if critic_model is not None:
             raise ValueError(f"critic_model was given, but critic={critic!r} does not read it. Set critic='model'.")
@@ -256,7 +262,7 @@ def choose_critic(
                 "entries, so its tokenizer is another one. Pass a critic with the policy's tokenizer."
             )
         name = getattr(critic_model.config, "_name_or_path", "")
-        if name and os.path.exists(os.path.join(name, "tokenizer_config.json")):
+        if name and find_file(name, "tokenizer_config.json") is not None:  # a folder, or an id of the Hub
             check_vocabularies(policy_processing_class, AutoTokenizer.from_pretrained(name), "critic_model")
         # A copy: the caller's model may be frozen, or be the reward model itself, and neither would train.
         return critic, critic_from_reward(critic_model, 1.0)
@@ -279,3 +285,9 @@ def choose_critic(
         )
     logger.warning("No reward model to start the critic from: it starts from the policy's trunk with a head of zeros.")
     return critic, critic_from_policy(base)
+
+
+def shortest_context(*models: nn.Module | None) -> int | None:
+    """Tokens of prompt and completion that every one of `models` can read; `None` without a limit."""
+    limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models if m is not None]
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -50,11 +52,11 @@ def load_reward_model(
         ValueError: if the files hold no trained head (huggingface/peft#1070), or not one score per text.
     """
     path = str(path_or_model_id)
-    saved = _read_json(_find_file(path, REWARD_FILE))
+    saved = _read_json(find_file(path, REWARD_FILE))
     if dtype == "auto" and "backbone_dtype" in saved:
         # The base that an adapter names may be stored in another dtype than the one it was trained on.
         dtype = getattr(torch, saved["backbone_dtype"])
-    adapter_config = _find_file(path, "adapter_config.json")
+    adapter_config = find_file(path, "adapter_config.json")
     if adapter_config is not None:
         model, head = _load_adapter(path, adapter_config, base_model, dtype, trust_remote_code)
     else:
@@ -76,7 +78,7 @@ def load_reward_model(
 
 def saved_aggregation(path: str) -> str:
     """How the reward model in `path` makes a score of its tokens; `"last"` where no file says."""
-    return _read_json(_find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
+    return _read_json(find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
 
 
 def _load_classifier(path: str, dtype: str | torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, set[str]]:
@@ -113,7 +115,7 @@ def _load_adapter(
     base_path = base_model or _read_json(config_file).get("base_model_name_or_path")
     if not base_path:
         raise ValueError(f"`base_model_name_or_path` is empty in {config_file!r}. Pass `base_model=`.")
-    if _find_file(path, "adapter_model.safetensors") is None:
+    if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
     base, missing = _load_classifier(str(base_path), dtype, trust_remote_code)
     head = read_head(path)
@@ -130,24 +132,46 @@ def _load_adapter(
 def has_safetensors(path: str, revision: str | None = None) -> bool:
     """Whether a checkpoint has weights in a safetensors file, or an index of such files."""
     names = ("model.safetensors", "model.safetensors.index.json")
-    return any(_find_file(path, name, revision) is not None for name in names)
+    return any(find_file(path, name, revision) is not None for name in names)
 
 
 def read_head(path: str, revision: str | None = None) -> dict[str, torch.Tensor]:
     """The parameters of the head `score` in a checkpoint: one file, shards or an adapter."""
-    index = _find_file(path, "model.safetensors.index.json", revision)
+    index = find_file(path, "model.safetensors.index.json", revision)
     if index is not None:
         names = sorted(set(_read_json(index)["weight_map"].values()))
     else:
         names = ["adapter_model.safetensors", "model.safetensors"]
     head = {}
-    for file_name in filter(None, (_find_file(path, name, revision) for name in names)):
+    for file_name in filter(None, (find_file(path, name, revision) for name in names)):
         with safe_open(file_name, framework="pt") as file:
             for key in file.keys():
                 owner, _, parameter = key.rpartition(".")
                 if owner.split(".")[-1] == "score":
                     head[parameter] = file.get_tensor(key)
     return head
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Put back the weights that `save_pretrained` wrote of this very model or [`~peft.PeftModel`], bit by bit.
+
+    Raises:
+        ValueError: the files have other weights than the model.
+    """
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(file)
+    wrong = model.load_state_dict(tensors, strict=False)
+    # Tied weights are written once.
+    missing = set(wrong.missing_keys) - set(getattr(model, "_tied_weights_keys", None) or ())
+    if missing or wrong.unexpected_keys:
+        raise ValueError(f"{str(folder)!r} does not fit the model: {sorted(missing) + wrong.unexpected_keys}.")
 
 
 def save_reward_config(folder: str | os.PathLike, aggregation: str, backbone_dtype: torch.dtype | None) -> None:
@@ -174,7 +198,8 @@ def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             parameter.data.copy_(source)
 
 
-def _find_file(path: str, name: str, revision: str | None = None) -> str | None:
+def find_file(path: str, name: str, revision: str | None = None) -> str | None:
+    """A file of a folder or of a repository on the Hub; `None` where it is not."""
     return cached_file(
         path,
         name,

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.candidates import end_at_closer
+from ..data.loading import common_prefix_length
 from .pooling import last_token_scores, pooled_aggregation, sum_token_scores, token_scores
 
 
@@ -109,7 +110,7 @@ class ModelReward:
                 for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
             ]
             starts = [self._prompt_ids(prompt) for prompt in prompts] if self._sums() else rows
-            lengths = [len(row) - _common_prefix(start, row) for start, row in zip(starts, rows, strict=True)]
+            lengths = [len(row) - common_prefix_length(start, row) for start, row in zip(starts, rows, strict=True)]
         self._check_lengths(rows)
         scores: list[float] = []
         with _inference(self.model):
@@ -156,7 +157,7 @@ class ModelReward:
         ids = self.processing_class.apply_chat_template(
             [*prompt, *completion], tokenize=True, return_dict=True, continue_final_message=not finished
         )["input_ids"]
-        start = _common_prefix(self._prompt_ids(prompt), ids)
+        start = common_prefix_length(self._prompt_ids(prompt), ids)
         return end_at_closer(ids, start, self.processing_class) if finished else ids
 
     def _check_lengths(self, rows: list[list[int]]) -> None:
@@ -255,13 +256,6 @@ def _has_score(model: nn.Module) -> bool:
 def _name_of(model: nn.Module) -> str:
     path = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return str(path).rstrip("/").split("/")[-1]
-
-
-def _common_prefix(start: Sequence[int], row: Sequence[int]) -> int:
-    same = 0
-    while same < min(len(start), len(row)) and start[same] == row[same]:
-        same += 1
-    return same
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .roles import REWARD
+from .roles import REWARD, SCORE_AND_VALUE
 from .scoring import ModelReward, checked_reward, last_token_scores, load_reward_model
 
 
@@ -25,12 +25,19 @@ class AdapterReward:
             Fills the rows; never decides where they end.
         batch_size (`int`):
             Rows per forward.
+        with_values (`bool`, *optional*, defaults to `False`):
+            Whether the same forward gives the values of a critic that shares the trunk.
+
+    Attributes:
+        values (`list[torch.Tensor]`):
+            Of the last call, with `with_values`: one `(P + C,)` per row, for the tokens of prompt and completion.
     """
 
     __name__ = "reward_adapter"
 
-    def __init__(self, model: nn.Module, pad_token_id: int, batch_size: int):
+    def __init__(self, model: nn.Module, pad_token_id: int, batch_size: int, with_values: bool = False):
         self.model, self.pad_token_id, self.batch_size = model, pad_token_id, batch_size
+        self.with_values, self.values = with_values, []
 
     @torch.no_grad()
     def __call__(
@@ -38,12 +45,16 @@ class AdapterReward:
     ) -> list[float]:
         rows = [torch.tensor([*p, *c]) for p, c in zip(prompt_ids or [], completion_ids, strict=True)]
         device = next(self.model.parameters()).device
-        scores = []
+        scores, self.values = [], []
         for start in range(0, len(rows), self.batch_size):
             chunk = rows[start : start + self.batch_size]
             ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=self.pad_token_id).to(device)
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True).to(device)
-            token_scores = self.model(input_ids=ids, attention_mask=mask, role=REWARD)
+            role = SCORE_AND_VALUE if self.with_values else REWARD
+            token_scores = self.model(input_ids=ids, attention_mask=mask, role=role)
+            if self.with_values:
+                token_scores, values = token_scores.unbind(dim=-1)
+                self.values += [row[: len(tokens)] for row, tokens in zip(values, chunk, strict=True)]
             scores += last_token_scores(token_scores, mask).tolist()
         return scores
 

@@ -25,6 +25,8 @@ from .scoring import token_scores
 
 
 POLICY, REFERENCE, CRITIC, REWARD = "default", "ref", "critic", "reward"
+SCORE_AND_VALUE = "reward+critic"
+"""Role of a forward that gives both, where critic and reward share their trunk."""
 
 # Every live switch of the process. Gradient checkpointing needs a module-level function (see `checkpoint_context`),
 # and two trainers may live side by side, so it has to take a snapshot of all of them.
@@ -91,7 +93,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def bind_roles(model: nn.Module, switch: RoleSwitch) -> None:
+def bind_roles(model: nn.Module, switch: RoleSwitch, *, shared_trunk: bool = False) -> None:
     """Give the causal language model a keyword `role`, and positions that follow the attention mask.
 
     `model(input_ids=..., attention_mask=..., role="critic" | "reward")` returns one number per position, `(B, T)` in
@@ -100,7 +102,9 @@ def bind_roles(model: nn.Module, switch: RoleSwitch) -> None:
     preparing, clipping or synchronising gradients.
 
     A critic of its own is the submodule `critic` of the base, a sequence classifier; one that is an adapter has its
-    head in the submodule `critic_head`, the frozen reward adapter in `reward_head`.
+    head in the submodule `critic_head`, the frozen reward adapter in `reward_head`. With `shared_trunk` the critic is
+    a second head on the reward adapter, whose hidden states get no gradient, and `role="reward+critic"` gives scores
+    and values of one forward, `(B, T, 2)`.
     """
     base = base_of(model)
     stock_forward = base.forward
@@ -112,17 +116,23 @@ def bind_roles(model: nn.Module, switch: RoleSwitch) -> None:
             return stock_forward(*args, **kwargs)
         if role == CRITIC and getattr(self, "critic", None) is not None:
             return token_scores(self.critic, kwargs["input_ids"], kwargs["attention_mask"])
-        head = getattr(self, f"{role}_head", None)
-        if head is None:
+        names = role.split("+")
+        heads = [getattr(self, f"{name}_head", None) for name in names]
+        if None in heads or (len(names) > 1 and not shared_trunk):
             raise ValueError(f"role={role!r} has no head on this model. Build it with a {role} adapter or model.")
-        with switch.use(role):
+        with switch.use(REWARD if shared_trunk else role), _grad(not shared_trunk):
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         # Under autocast the product would come out in bf16, with 8 bits of a score.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return head(hidden.to(head.weight.dtype)).squeeze(-1)
+            outputs = [head(hidden.to(head.weight.dtype)) for head in heads]
+        return outputs[0].squeeze(-1) if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     base.forward = types.MethodType(forward, base)
     count_positions_from_mask(base.base_model)
+
+
+def _grad(wanted: bool) -> AbstractContextManager[None]:
+    return nullcontext() if wanted else torch.no_grad()
 
 
 def scalar_head(weight: torch.Tensor, *, trainable: bool) -> nn.Linear:

@@ -1,21 +1,142 @@
-"""What PPO writes to disk and reads back: the policy, and every other role beside it."""
+"""What PPO writes to disk and reads back: the policy, every other role beside it, and the rollout in use."""
 
+import json
 import os
+from collections import deque
+from typing import Any
 
-from ..models.adapters import save_scalar_adapter
-from ..models.roles import CRITIC, REWARD, base_of
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..models.adapters import check_adapter_weights, load_adapter_weights, save_scalar_adapter
+from ..models.checkpoints import CompleteCheckpointMixin
+from ..models.reward_checkpoints import load_weights
+from ..models.roles import CRITIC, POLICY, REFERENCE, REWARD, base_of
 
 
-class CheckpointMixin:
-    """The part of [`PPOTrainer`] that saves and resumes."""
+# A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
+# reached otherwise.
+SAME_ON_RESUME = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+    "max_completion_length",
+    "seed",
+    "data_seed",
+    "policy_objective",
+    "advantage_estimator",
+)
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if resume_from_checkpoint:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: exact resuming is not part of this version, "
-                "and resuming it inexactly would go unnoticed. Start a new run from the saved policy and critic."
-            )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+class CheckpointMixin(CompleteCheckpointMixin):
+    """The part of [`PPOTrainer`] that saves and resumes.
+
+    A resumed run is the uninterrupted one, also from the middle of a rollout's epochs: what `Trainer` keeps is joined
+    by the critic, the heads, the rollout with its place in the steps, the KL coefficient, the order of the data, and
+    what was not logged yet.
+    """
+
+    _resumed_from: str | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._resumed_from = None  # the mixin below finds and checks the folder, and calls back through super
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _on_resume(self, checkpoint: str) -> None:
+        self._resumed_from = checkpoint
+        saved = _load(self._state_file(checkpoint))
+        now = self._run_shape()
+        for name, value in saved["run"].items():
+            if now[name] != value:
+                raise ValueError(
+                    f"{name}={now[name]!r}, but {checkpoint!r} was written with {value!r}, and the rollout in it does "
+                    "not fit another value. Resume with the same one, or start a new run from the saved models."
+                )
+
+    def _run_shape(self) -> dict[str, Any]:
+        sizes = {"world_size": self.args.world_size}
+        if hasattr(self.train_dataset, "__len__"):
+            sizes["len(train_dataset)"] = len(self.train_dataset)
+        return sizes | {name: getattr(self.args, name) for name in SAME_ON_RESUME}
+
+    def _state_file(self, folder: str) -> str:
+        return os.path.join(folder, f"ppo_state_{self.args.process_index}.pt")
+
+    # Data: `RepeatSampler` is seeded anew in every process, so that a later epoch would begin in the first one's order
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if self._resumed_from is not None and getattr(sampler, "generator", None) is not None:
+            with open(os.path.join(self._resumed_from, TRAINER_STATE_NAME), encoding="utf-8") as file:
+                epochs = int(json.load(file)["epoch"])
+            for _ in range(epochs):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
+    # Per process: the rollout in use, its place in the steps, the controller, and what waits to be logged
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
+        state = {
+            "run": self._run_shape(),
+            "step": self._step,
+            "buffered_inputs": self._buffered_inputs,
+            "kl_coef": None if self.kl_controller is None else self.kl_controller.kl_coef,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "logs": {name: _plain(values) for name, values in self._logs.items() if name != "images"},
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+        torch.save(state, self._state_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Called after the data was skipped, just before the first step.
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        state = _load(self._state_file(checkpoint), self.args.device)
+        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        if self.kl_controller is not None:
+            self.kl_controller.kl_coef = state["kl_coef"]
+        self._metrics["train"].update(state["metrics"])
+        for name, values in state["logs"].items():
+            _restore(self._logs[name], values)
+        self._tr_loss, self._total_loss_scalar = state["loss"], state["total_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+
+    # Weights
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # one state dict of all shards holds every role
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        policy, base = self.roles.model, self.roles.base
+        critic = base._modules.pop(CRITIC, None)
+        try:
+            if isinstance(policy, PeftModel):
+                # No `super()`: it takes every folder with an adapter for one of the policy's, critic and reward too,
+                # and leaves one adapter trainable.
+                load_adapter_weights(policy, POLICY, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            if critic is not None:
+                base._modules[CRITIC] = critic
+        for name in (CRITIC, REWARD, REFERENCE):
+            folder, head = os.path.join(resume_from_checkpoint, name), getattr(base, f"{name}_head", None)
+            if name == CRITIC and critic is not None:
+                load_weights(critic, folder)
+            elif name == CRITIC and head is not None:
+                load_adapter_weights(policy, REWARD if self.critic == "shared" else name, folder, head)
+            elif os.path.isdir(folder):
+                # Never trained, so it comes from where it came from before; if that has changed, say so.
+                check_adapter_weights(policy, name, folder, head)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
@@ -38,8 +159,37 @@ class CheckpointMixin:
         for name in (CRITIC, REWARD):
             head = getattr(base, f"{name}_head", None)
             if head is not None:
-                save_scalar_adapter(self.roles.model, name, head.weight, os.path.join(folder, name))
+                adapter = REWARD if self.critic == "shared" else name
+                save_scalar_adapter(self.roles.model, adapter, head.weight, os.path.join(folder, name))
                 self.processing_class.save_pretrained(os.path.join(folder, name))
+
+
+def _load(path: str, device: Any = "cpu") -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path!r} is missing: the checkpoint was written with save_only_model, or by fewer processes. Resume "
+            "with as many processes as wrote it."
+        )
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _plain(values: Any) -> Any:
+    """Deques as lists, and what a reward function logged as text: a file read with `weights_only` holds no objects."""
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, (deque, list)):
+        return [_plain(value) for value in values]
+    return values if values is None or isinstance(values, (str, int, float)) else str(values)
+
+
+def _restore(target: Any, values: Any) -> None:
+    """Fill a deque, or a dictionary of deques, with what `_plain` made of it."""
+    if isinstance(target, deque):
+        target.clear()
+        target.extend(values)
+        return
+    for name, value in values.items():
+        _restore(target[name], value)
 
 
 def is_critic(name: str) -> bool:

@@ -38,6 +38,7 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "noise in the embeddings moves the ratio off 1 before the first update"),
     "remove_unused_columns": (False, "every column of a row belongs to the reward functions"),
     "label_smoothing_factor": (0.0, "there are no labels"),
+    "ignore_data_skip": (False, "a resumed run would begin with the first prompts again"),
     "auto_find_batch_size": (False, "a halved batch breaks the rollout"),
     "max_tool_calling_iterations": (None, "tools are not supported"),
 }
@@ -99,7 +100,8 @@ class PPOConfig(GRPOConfig):
 
     Parameters that control the critic:
         critic (`str`, *optional*):
-            `"adapter"`: an adapter on the policy's base, started from `reward_adapter`. `"model"`: a model of its own.
+            `"adapter"`: an adapter on the policy's base, started from `reward_adapter`. `"shared"`: a second head on
+            the frozen `reward_adapter`; only that head trains. `"model"`: a model of its own.
             `"none"`: no critic. Unset: `"none"` where no value is used (`leave_one_out`), else `"adapter"` if a
             `reward_adapter` is given, else `"model"`.
         critic_learning_rate (`float`, *optional*):
@@ -146,7 +148,9 @@ class PPOConfig(GRPOConfig):
     )
 
     # Parameters that control the critic
-    critic: str | None = field(default=None, metadata={"help": "'adapter', 'model' or 'none'; unset chooses."})
+    critic: str | None = field(
+        default=None, metadata={"help": "'adapter', 'shared', 'model' or 'none'; unset chooses."}
+    )
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; None takes learning_rate."}
     )
@@ -192,7 +196,7 @@ class PPOConfig(GRPOConfig):
         choices = {
             "policy_objective": ("clip", "pg"),
             "advantage_estimator": ("gae", "returns", "leave_one_out"),
-            "critic": (None, "adapter", "model", "none"),
+            "critic": (None, "adapter", "shared", "model", "none"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -6,7 +6,7 @@ Shapes: B rows of this process, P prompt tokens (left-padded), C completion toke
 import torch
 
 from ..functional import estimate_kl, masked_whiten, shape_rewards
-from ..functional.statistics import rollout_statistics
+from ..functional.statistics import rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
 
@@ -85,12 +85,16 @@ class RolloutMixin:
     def _values(self, batch, mode):
         ids, mask = whole_rows(batch)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        outputs = torch.cat(
-            [
-                self.model(input_ids=i, attention_mask=m, role=CRITIC)
-                for i, m in zip(ids.split(size), mask.split(size), strict=True)
-            ]
-        )
+        if self.critic == "shared":  # the forward that scored the rows gave them
+            outputs = torch.zeros(mask.shape, device=ids.device)
+            outputs[mask.bool()] = torch.cat(self.reward_funcs[0].reward.values)
+        else:
+            outputs = torch.cat(
+                [
+                    self.model(input_ids=i, attention_mask=m, role=CRITIC)
+                    for i, m in zip(ids.split(size), mask.split(size), strict=True)
+                ]
+            )
         values = {"values": torch.where(token_mask(batch), before_each_token(outputs, batch), 0.0)}
         if self.args.bootstrap_truncated:
             ended = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=ids.device))
@@ -137,7 +141,7 @@ class RolloutMixin:
         metrics["kl_coef"].append(self.kl_coef)
         # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
         metrics.pop("frac_reward_zero_std", None)
-        per_row = everywhere["advantages"].sum(-1) / everywhere["mask"].sum(-1).clamp(min=1)
+        per_row = row_means(everywhere["advantages"], everywhere["mask"])
         for _ in range(min(len(per_row), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(per_row.tolist())

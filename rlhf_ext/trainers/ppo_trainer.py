@@ -25,8 +25,10 @@ from ..functional import (
     policy_gradient_loss,
     value_loss,
 )
+from ..functional.advantages import baseline_advantages
+from ..functional.rewards import combine_scores
 from ..functional.statistics import ratio_statistics
-from ..models.build import build_roles, choose_critic, load_policy
+from ..models.build import build_roles, choose_critic, load_policy, shortest_context
 from ..models.generation import without_generation_defaults
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
@@ -68,7 +70,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         reward_adapter (`str`, *optional*):
             Folder of a reward adapter that was trained on the same base. It is the first reward (so the first of
             `args.reward_weights`), is added to the policy's base, and the
-            critic (`critic="adapter"`) starts as a copy of it.
+            critic starts as a copy of it (`critic="adapter"`), or as a second head on it (`critic="shared"`).
 
     Raises:
         ValueError: data, tokenizer, critic or rewards do not fit; before any training.
@@ -122,16 +124,6 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        for name, dataset in [("train_dataset", train_dataset), *_named(eval_dataset)]:
-            check_prompts(
-                dataset,
-                name,
-                tokenizer,
-                max_completion_length=args.max_completion_length,
-                max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-
         batch_size = args.per_device_train_batch_size
         rewards = resolve_rewards(
             reward_funcs, reward_processing_classes, tokenizer, batch_size, trust_remote_code=args.trust_remote_code
@@ -149,6 +141,16 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
             policy_processing_class=tokenizer,
             trust_remote_code=args.trust_remote_code,
         )
+        for name, dataset in [("train_dataset", train_dataset), *_named(eval_dataset)]:
+            check_prompts(
+                dataset,
+                name,
+                tokenizer,
+                max_completion_length=args.max_completion_length,
+                max_positions=shortest_context(model, critic_model),
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+
         self.roles = build_roles(
             model,
             critic=self.critic,
@@ -159,11 +161,13 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         )
         if reward_adapter is not None:
             # The first reward, so the first of `reward_weights`.
-            adapter_reward = AdapterReward(self.roles.model, tokenizer.pad_token_id, batch_size)
+            adapter_reward = AdapterReward(
+                self.roles.model, tokenizer.pad_token_id, batch_size, with_values=self.critic == "shared"
+            )
             checked = checked_reward(adapter_reward)
             checked.reward = adapter_reward
             rewards = [checked, *rewards]
-            if self.critic == "adapter" and args.reward_weights is not None:
+            if self.critic in ("adapter", "shared") and args.reward_weights is not None:
                 # The critic predicts what PPO pays, the weighted score.
                 self.roles.base.critic_head.weight.data.mul_(args.reward_weights[0])
         if args.gradient_checkpointing and reward_adapter is not None:
@@ -223,9 +227,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         prompt_ids = self._tokenize_prompts(prompts)[0]
         rows = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
         rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        # A row that no function scored has no score; 0 would be one.
-        self._scores = torch.where(rewards_per_func.isnan().all(dim=1), torch.nan, weighted)
+        self._scores = combine_scores(rewards_per_func, self.reward_weights)
         return rewards_per_func
 
     # Second wrap: values, reference, rewards, advantages
@@ -271,7 +273,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
                 bootstrap_values=batch.get("bootstrap_values"),
             )
         returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
-        return (returns if values is None else returns - values), returns
+        return baseline_advantages(returns, values, mask), returns
 
     # Third wrap: the value loss over the parent's own divisor
 

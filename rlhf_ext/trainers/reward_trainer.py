@@ -30,17 +30,18 @@ from ..data.preferences import (
     column_names,
     normalize_preferences,
 )
+from ..functional.candidates import arrange_rewards, candidates_loss, center_loss
+from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.pooling import classifier_of, pool_by_attention_mask
 from ..models.reward_checkpoints import save_reward_config, set_head
 from .reward_config import PreferenceRewardConfig
-from .reward_loss import arrange_rewards, candidates_loss
 from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_config
 
 
 logger = get_logger(__name__)
 
 
-class PreferenceRewardTrainer(RewardTrainer):
+class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
     """
     Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
 
@@ -295,9 +296,7 @@ class PreferenceRewardTrainer(RewardTrainer):
         )
         loss = self.args.preference_coef * loss
         if self.args.center_rewards_coefficient is not None:
-            if rewards.shape[1] != 2:
-                raise ValueError("`center_rewards_coefficient` works with two completions per row. Leave it at None.")
-            loss = loss + self.args.center_rewards_coefficient * torch.mean((rewards[:, 0] + rewards[:, 1]) ** 2)
+            loss = loss + self.args.center_rewards_coefficient * center_loss(rewards)
         self._log_batch(mode, scores.detach(), inputs["attention_mask"], metrics)
         return (loss, outputs) if return_outputs else loss
 

@@ -382,14 +382,6 @@ def test_rewards_at_their_first_call(tmp_path, reward, parts):
 # Runs
 
 
-def test_resuming_is_refused(tmp_path):
-    trainer = build(tmp_path, reward_funcs=zero)
-    for checkpoint in (True, str(tmp_path)):
-        with pytest.raises(ValueError, match="resume_from_checkpoint=.*Start a new run"):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.state.global_step == 0
-
-
 def test_no_training_data(tmp_path):
     with pytest.raises(ValueError, match="train_dataset"):
         build(tmp_path, reward_funcs=zero, train_dataset=None)

@@ -75,6 +75,7 @@ REFUSED = {
     "cast_lm_head_to_fp32": True,
     "load_best_model_at_end": True,
     "auto_find_batch_size": True,
+    "ignore_data_skip": True,
     "max_tool_calling_iterations": 2,
     "neftune_noise_alpha": 5.0,
     "remove_unused_columns": True,
@@ -177,7 +178,7 @@ NAN = float("nan")
 BAD = [
     ({"policy_objective": "penalty"}, "policy_objective='penalty'.*Choose one of .'clip', 'pg'"),
     ({"advantage_estimator": "vtrace"}, "advantage_estimator='vtrace'.*Choose one of"),
-    ({"critic": "shared"}, "critic='shared'.*Choose one of"),
+    ({"critic": "lora"}, "critic='lora'.*Choose one of"),
     *[
         ({name: value}, f"{name}={value}.*between 0 and 1")
         for name in ("gamma", "gae_lambda")

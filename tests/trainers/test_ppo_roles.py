@@ -14,7 +14,7 @@ from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardConfig, PreferenceRe
 from rlhf_ext.functional import compute_gae, masked_whiten, shape_rewards
 from rlhf_ext.models.roles import checkpoint_context
 from rlhf_ext.models.scoring import ModelReward, last_token_scores, load_reward_model
-from rlhf_ext.trainers.ppo_rollout import whole_rows
+from rlhf_ext.trainers.ppo_rollout import before_each_token, token_mask, whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
@@ -192,6 +192,27 @@ def test_critic_adapter_starts_as_the_score(tmp_path, adapters, kind, weight):
         check_critic_is_the_score(trainer, batch)
 
 
+def test_a_shared_critic_starts_as_the_score_of_the_same_forward(tmp_path, adapters):
+    trainer = one_base(tmp_path, adapters, critic="shared", reward_weights=[0.5])
+    adapter_reward = trainer.reward_funcs[0].reward
+    batch = rollout(trainer)
+    check_critic_is_the_score(trainer, batch)
+    # The values of the rollout are those of a forward of their own, which was not made.
+    ids, mask = whole_rows(batch)
+    with torch.no_grad():
+        alone = trainer.model(input_ids=ids, attention_mask=mask, role="critic")
+    expected = torch.where(token_mask(batch), before_each_token(alone, batch), 0.0)
+    torch.testing.assert_close(batch["values"], expected, atol=1e-5, rtol=0)
+    assert len(adapter_reward.values) == len(mask)
+    with pytest.raises(ValueError, match="reward\\+critic"):
+        one_base(tmp_path, adapters).roles.base(input_ids=ids, attention_mask=mask, role="reward+critic")
+
+
+def test_a_shared_critic_needs_a_reward_adapter(tmp_path):
+    with pytest.raises(ValueError, match="critic='shared' starts from a `reward_adapter`"):
+        build(tmp_path, reward_funcs=length, config={"critic": "shared"})
+
+
 # Who trains
 
 
@@ -232,6 +253,10 @@ def one_base_gpt2(tmp_path, adapters):
     return one_base(tmp_path, adapters, "gpt2")
 
 
+def shared_trunk(tmp_path, adapters):
+    return one_base(tmp_path, adapters, critic="shared")
+
+
 def sft_adapter(tmp_path, adapters):
     folder = adapters["llama"]
     policy = PeftModel.from_pretrained(base_policy(folder), folder / "sft", is_trainable=True)
@@ -254,6 +279,7 @@ KINDS_OF_RUN = [
     lora_and_lora_reward_model,
     one_base,
     one_base_gpt2,
+    shared_trunk,
     sft_adapter,
     sft_adapter_from_its_folder,
     no_critic,

@@ -265,11 +265,6 @@ def test_bad_rewards_are_named_at_the_first_call(tmp_path, reward, message):
         trainer.train()
 
 
-def test_resume_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="resum"):
-        build(tmp_path, reward_funcs=zero).train(resume_from_checkpoint=str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

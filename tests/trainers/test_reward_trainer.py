@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_ext.functional.candidates import candidates_loss
 from rlhf_ext.models.scoring import last_token_scores, token_scores
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
-from rlhf_ext.trainers.reward_loss import candidates_loss
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.tiny import tiny_reward_model, tiny_tokenizer
 

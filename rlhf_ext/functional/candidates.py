@@ -1,11 +1,12 @@
-"""From the scores of a batch of candidates to one loss: targets, rankings, margins.
+"""From the scores of a batch of candidates to one loss: targets, rankings, margins, centring.
 
-Shapes: N rows, K candidates of the widest row, S sequences in all. Every formula is `functional.preference_loss`.
+Shapes: N rows, K candidates of the widest row, S sequences in all. What a label costs is `preference_loss` throughout.
 """
 
 import torch
 
-from ..functional import preference_loss
+from . import _checks as checks
+from .preference import preference_loss
 
 
 def arrange_rewards(scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
@@ -93,3 +94,19 @@ def candidates_loss(
     names = ("accuracy", "margin")
     metrics = {name: sum(count * part[name] for count, _, part in parts) / len(rewards) for name in names}
     return loss, metrics
+
+
+def center_loss(rewards: torch.Tensor) -> torch.Tensor:
+    """Mean over pairs of (r_chosen + r_rejected)^2, which keeps rewards near 0 (Eisenstein et al. 2023).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, 2)`):
+            Both rewards of each pair. Gradient.
+
+    Raises:
+        ValueError: If `rewards` is not `(N, 2)` floating.
+    """
+    checks.check_tensor("rewards", rewards)
+    if rewards.dim() != 2 or rewards.shape[1] != 2:
+        raise ValueError(f"`rewards` has shape {tuple(rewards.shape)}, expected (N, 2): centring works with pairs.")
+    return torch.mean((rewards[:, 0] + rewards[:, 1]) ** 2)

@@ -1,0 +1,159 @@
+"""Four roles on one quantised base: what is kept in float32 stays there, and everything starts where it should."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from rlhf_ext.models.build import load_policy
+from rlhf_ext.trainers.ppo_rollout import whole_rows
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.trainers.test_ppo_roles import (
+    backward,
+    build,
+    changed,
+    check_critic_is_the_score,
+    logged,
+    lora,
+    rollout,
+    weights,
+)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+QUANTISED = {
+    "nf4": lambda: BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bf16": lambda: None,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, a reward adapter and an SFT adapter on it, each with weights of its own."""
+    folder, tokenizer = tmp_path_factory.mktemp("quantised"), tiny_tokenizer()
+    base = tiny_causal_lm("llama", tokenizer, **SIZES)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    classifier = tiny_reward_model("llama", tokenizer, **SIZES)
+    torch.manual_seed(5)
+    config = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    reward = get_peft_model(classifier, LoraConfig(**config, task_type="SEQ_CLS", modules_to_save=["score"]))
+    reward.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    reward.save_pretrained(folder / "reward")
+    sft = get_peft_model(base, LoraConfig(**config, task_type="CAUSAL_LM", lora_dropout=0.1))
+    sft.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with torch.no_grad():
+        for name, parameter in sft.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.1)
+    sft.save_pretrained(folder / "sft")
+    return folder
+
+
+def policy(folder, kind, path="base"):
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    return load_policy(str(folder / path), dtype=dtype, quantization_config=QUANTISED[kind]())
+
+
+def trainer_on(tmp_path, folder, kind, **kwargs):
+    kwargs.setdefault("peft_config", lora())
+    return build(tmp_path, policy(folder, kind), reward_adapter=str(folder / "reward"), **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16"])
+def test_the_roles_start_equal_and_stay_float32(tmp_path, folder, kind):
+    trainer = trainer_on(tmp_path, folder, kind, config={"bf16": kind == "bf16"})
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name or "critic_head" in name or "reward_head" in name:
+            assert parameter.dtype == torch.float32, name
+        if "critic" in name:
+            # Casting to bf16 and back would leave rounded weights here, and exact ones in the frozen reward adapter.
+            twin = trainer.model.get_parameter(
+                name.replace(".critic.", ".reward.").replace("critic_head", "reward_head")
+            )
+            assert torch.equal(parameter, twin), name
+    batch = rollout(trainer)
+    if kind != "bf16":
+        check_critic_is_the_score(trainer, batch)
+    ids, mask = whole_rows(batch)
+    with torch.no_grad():
+        one = trainer.model(input_ids=ids, attention_mask=mask, role="critic")
+        other = trainer.model(input_ids=ids, attention_mask=mask, role="reward")
+    assert torch.equal(one, other)
+    before = weights(trainer.model)
+    gradients = backward(trainer, batch)
+    assert set(gradients) == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert changed(trainer.model, before) == set(gradients)
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_adapters_move_at_the_learning_rates_of_ppo(tmp_path, folder, kind):
+    """Rounded to bf16, 95% of a LoRA-A stands still for 200 steps at 3e-6."""
+    steps = {"max_steps": 50, "learning_rate": 3e-6, "num_iterations": 10, "logging_steps": 50}
+    trainer = trainer_on(tmp_path, folder, kind, config={**steps, "bf16": kind == "bf16"})
+    before = weights(trainer.model)
+    trainer.train()
+    entries = moved = 0
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_A.default." in name or ".lora_A.critic." in name:
+            entries += parameter.numel()
+            moved += int((parameter != before[name]).sum())
+    assert moved > 0.99 * entries, f"{moved} of {entries}"
+    # The same steps on weights that are rounded: the measure can fail.
+    still = rounded = 0
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_A.default." in name:
+            old, step = before[name].bfloat16(), (parameter - before[name]).detach()
+            still += int((old + step.bfloat16() == old).sum())
+            rounded += parameter.numel()
+    assert still > 0.5 * rounded
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
+    QUANTISED.setdefault("fp32", lambda: None)
+    found = {}
+    for checkpointing in (False, True):
+        trainer = trainer_on(
+            tmp_path,
+            folder,
+            kind,
+            peft_config=lora(lora_dropout=0.1),
+            config={"gradient_checkpointing": checkpointing},
+        )
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        found[checkpointing] = backward(trainer, rollout(trainer))
+    assert found[True].keys() == found[False].keys()
+    for name, gradient in found[True].items():
+        assert torch.equal(gradient, found[False][name]), name
+    assert any(gradient.abs().max() > 0 for name, gradient in found[True].items() if ".critic." in name)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("from_folder", [True, False], ids=["folder", "instance"])
+def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_folder):
+    QUANTISED.setdefault("fp32", lambda: None)
+    if from_folder:
+        model = policy(folder, kind, "sft")
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder / "base", dtype=torch.float32, quantization_config=QUANTISED[kind]()
+        )
+        model = PeftModel.from_pretrained(base, folder / "sft", is_trainable=True)
+    trainer = build(tmp_path, model, reward_adapter=str(folder / "reward"))
+    assert trainer.roles.reference_adapter == "ref"
+    batch = rollout(trainer)
+    ids, mask = whole_rows(batch)
+    with torch.no_grad():
+        now = trainer.model(input_ids=ids, attention_mask=mask).logits
+        with trainer.roles.switch.use(None):
+            bare = trainer.model(input_ids=ids, attention_mask=mask).logits
+    assert (now - bare).abs().max() > 1e-2, "an adapter of zeros would prove nothing"
+    trainer.train()
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
+    assert abs(logged(trainer, "kl")[-1]) > 1e-4
