@@ -89,12 +89,19 @@ def test_ppo_recipe(world, tmp_path):
     flags = ["--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/ppo.jsonl"]
     flags += ["--reward_model_path", f"{world}/reward", "--reward_funcs", "own_rewards:brevity"]
     flags += ["--critic_model_path", f"{world}/reward"]
-    process = launch("ppo", "ppo_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/out", cwd=tmp_path)
+    saving = ["--save_steps", "1", "--save_total_limit", "3"]
+    process = launch("ppo", "ppo_tiny.yaml", *flags, *saving, "--output_dir", f"{tmp_path}/out", cwd=tmp_path)
     metrics = finished(process, tmp_path / "out")
     assert "eval_reward" in metrics and "eval_rewards/brevity/mean" in metrics
     assert "PPO" in (tmp_path / "out" / "README.md").read_text()
     assert "Completion" in process.stdout + process.stderr  # the completions table
     assert list((tmp_path / "out" / "completions").glob("*.parquet"))
+    # Resumed from the middle of a rollout, the run ends with the same bits.
+    flags += ["--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1"]
+    process = launch("ppo", "ppo_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/resumed", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr[-6000:]
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
 @pytest.mark.slow

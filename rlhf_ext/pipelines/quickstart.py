@@ -18,15 +18,16 @@ from trl import SFTConfig, SFTTrainer
 
 from ..feedback.simulated import SimulatedLabeller
 from ..models.build import critic_from_policy
-from ..models.generation import Samples, completion_logps, sample_completions
+from ..models.generation import sample_completions
 from ..models.scoring import ModelReward, load_reward_model
 from ..toyworld.corpus import prompt_rows, sft_rows
-from ..toyworld.gold import GOLD_MAX, gold_reward, gold_scores
+from ..toyworld.gold import GOLD_MAX, gold_reward
 from ..toyworld.tiny import build_model, build_tokenizer
 from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_trainer import PreferenceRewardTrainer
+from .quickstart_evaluation import evaluate, mean
 from .quickstart_report import print_table, write_report
 
 
@@ -90,13 +91,13 @@ def run_quickstart(output_dir: str, seed: int = 0, settings: QuickstartSettings 
     accuracy = _train_reward(output_dir, sft, tokenizer, train, held_out, settings, seed)
     clock.lap("reward")
 
-    before = evaluate(sft, None, tokenizer, test, settings, seed)
+    before = evaluate(sft, None, tokenizer, test, settings.max_completion_length, seed)
     print(f"4/5 PPO: {settings.num_updates} updates of {settings.rollout_size} episodes", flush=True)
     ppo, history = _train_ppo(output_dir, tokenizer, settings, seed)
     clock.lap("ppo")
 
     print("5/5 evaluation on held-out prompts", flush=True)
-    after = evaluate(ppo, sft, tokenizer, test, settings, seed)
+    after = evaluate(ppo, sft, tokenizer, test, settings.max_completion_length, seed)
     gain = torch.tensor(after.gold) - torch.tensor(before.gold)
     wins = (gain > 0).float() + 0.5 * (gain == 0).float()
     margin = 1.96 * gain.std().item() / len(gain) ** 0.5
@@ -134,51 +135,6 @@ class _Clock:
     @property
     def total(self) -> float:
         return time.perf_counter() - self.start
-
-
-@dataclass
-class Evaluation:
-    """Samples of one policy on the test prompts, the gold score of each, and the means."""
-
-    samples: Samples
-    gold: list[float]
-    metrics: dict[str, float]
-
-
-def evaluate(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    settings: QuickstartSettings,
-    seed: int,
-) -> Evaluation:
-    """One sample per prompt at temperature 1. `kl`: mean log-ratio to `reference`, nats per sequence (0 if None)."""
-    set_seed(seed)
-    samples = sample_completions(policy, tokenizer, prompts, max_new_tokens=settings.max_completion_length)
-    scores = [gold_scores(p, c) for p, c in zip(samples.prompts, samples.texts, strict=True)]
-    kl = 0.0
-    if reference is not None:
-        pad = tokenizer.pad_token_id
-        log_ratio = completion_logps(policy, samples, pad_token_id=pad) - completion_logps(
-            reference, samples, pad_token_id=pad
-        )
-        kl = log_ratio.mean().item()
-    bigrams = [pair for text in samples.texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    names = ("helpful", "honest", "harmless", "grammatical")
-    metrics = {
-        "gold_reward": _mean([score["gold"] for score in scores]),
-        **{name: _mean([score[name] for score in scores]) for name in names},
-        "kl": kl,
-        "length": _mean([len(ids) for ids in samples.completion_ids]),
-        "truncated": _mean([float(cut) for cut in samples.truncated]),
-        "distinct_2": len(set(bigrams)) / max(len(bigrams), 1),
-    }
-    return Evaluation(samples, [score["gold"] for score in scores], metrics)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _shared(output_dir: str, name: str, seed: int) -> dict[str, Any]:
@@ -349,7 +305,7 @@ def _observed(reward: Any, gold: list[float]) -> Any:
     """`reward` itself; beside it the mean gold score of each rollout is noted for the plots. PPO never sees it."""
 
     def observed(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float | None]:
-        gold.append(_mean(gold_reward(prompts, completions)))
+        gold.append(mean(gold_reward(prompts, completions)))
         return reward(prompts=prompts, completions=completions, **kwargs)
 
     return observed

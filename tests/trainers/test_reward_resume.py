@@ -1,0 +1,72 @@
+"""A resumed reward run is the uninterrupted one, bit by bit, full and with LoRA; a damaged checkpoint is refused."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
+from rlhf_ext.models.checkpoints import check_checkpoint
+from tests.tiny import tiny_reward_model, tiny_tokenizer
+
+
+# Three candidates in some rows; 10 rows in batches of 2 are 5 steps an epoch.
+ROWS = [
+    {"prompt": f"w{i} ", "completions": ["good", f"bad w{i % 3}", "w4"][: 2 + i % 2], "best": i % 2} for i in range(10)
+]
+
+
+def build(folder, lora, **config):
+    options = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 9,
+        "save_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **config,
+    }
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", lora_dropout=0.1) if lora else None
+    return PreferenceRewardTrainer(
+        model=tiny_reward_model("llama", tiny_tokenizer()),
+        args=PreferenceRewardConfig(str(folder), **options),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def end_of(trainer):
+    names = ("loss", "accuracy", "margin", "learning_rate")
+    logs = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}, logs
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("step", [3, 6])  # within the first and within the second epoch
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora, step):
+    trainer = build(tmp_path / "whole", lora)
+    trainer.train()
+    weights, logs = end_of(trainer)
+    resumed = build(tmp_path / "resumed", lora)
+    torch.rand(99)  # where the random numbers of this process stand must not matter; its seed orders the data
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    found, logs_found = end_of(resumed)
+    assert found.keys() == weights.keys()
+    assert not [name for name, tensor in weights.items() if not torch.equal(tensor, found[name])]
+    assert logs_found == logs
+    head = next(p for n, p in resumed.model.named_parameters() if "score" in n and "original_module" not in n)
+    assert head.requires_grad and head.dtype == torch.float32
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    build(tmp_path, False, max_steps=6).train()
+    check_checkpoint(tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-6" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-6.* is damaged: model.safetensors has 100 bytes.*checkpoint-3"):
+        build(tmp_path, False).train(resume_from_checkpoint=True)
