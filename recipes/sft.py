@@ -24,9 +24,14 @@ from rlhf_ext.data.arguments import DataArguments, load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import check_context, report_summaries, summarize_sft
+from rlhf_ext.models.checkpoints import CompleteCheckpointMixin
 
 
 COLUMNS = (["prompt", "completion"], ["messages"])
+
+
+class CompleteSFTTrainer(CompleteCheckpointMixin, SFTTrainer):
+    """TRL's trainer, with checkpoints that are complete or absent."""
 
 
 def main(script_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -61,7 +66,7 @@ def main(script_args: DataArguments, training_args: SFTConfig, model_args: Model
         report_summaries(training_args.output_dir, **summaries)
 
     # Build and train
-    trainer = SFTTrainer(
+    trainer = CompleteSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,

@@ -57,6 +57,12 @@ class CheckpointMixin(CompleteCheckpointMixin):
                     "not fit another value. Resume with the same one, or start a new run from the saved models."
                 )
 
+        if "len(train_dataset)" not in now and _epochs(checkpoint) > 0:
+            raise ValueError(
+                f"{checkpoint!r} was written in a later pass over streamed rows, whose place in the stream `Trainer` "
+                "cannot find again. Load train_dataset into memory, or stream enough rows for one pass."
+            )
+
     def _run_shape(self) -> dict[str, Any]:
         sizes = {"world_size": self.args.world_size}
         if hasattr(self.train_dataset, "__len__"):
@@ -71,9 +77,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if self._resumed_from is not None and getattr(sampler, "generator", None) is not None:
-            with open(os.path.join(self._resumed_from, TRAINER_STATE_NAME), encoding="utf-8") as file:
-                epochs = int(json.load(file)["epoch"])
-            for _ in range(epochs):
+            for _ in range(_epochs(self._resumed_from)):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 
@@ -162,6 +166,12 @@ class CheckpointMixin(CompleteCheckpointMixin):
                 adapter = REWARD if self.critic == "shared" else name
                 save_scalar_adapter(self.roles.model, adapter, head.weight, os.path.join(folder, name))
                 self.processing_class.save_pretrained(os.path.join(folder, name))
+
+
+def _epochs(checkpoint: str) -> int:
+    """Finished passes over the data."""
+    with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
+        return int(json.load(file)["epoch"])
 
 
 def _load(path: str, device: Any = "cpu") -> dict[str, Any]:

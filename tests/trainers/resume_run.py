@@ -54,20 +54,26 @@ def prepare(folder):
 
 
 def build(folder, kind, output_dir, callbacks=(), **config):
-    """`one_base`: fresh LoRA, reward and critic adapters. `from_adapter`: goes on from an adapter. `full`: no LoRA."""
+    """`one_base`: fresh LoRA, reward and critic adapters. `from_adapter`: goes on from an adapter. `full`: no LoRA.
+
+    `shared`: one base with a critic that shares the reward's trunk. `stream`: as `full`, on rows that are streamed.
+    """
     tokenizer = tiny_tokenizer()
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    if kind == "shared":
+        config["critic"] = "shared"
     shared = {
         "args": PPOConfig(output_dir=str(output_dir), **{**ARGUMENTS, **config}),
-        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "train_dataset": rows.to_iterable_dataset() if kind == "stream" else rows,
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
     }
-    if kind == "full":
+    if kind in ("full", "stream"):
         reward = tiny_reward_model("llama", tokenizer, seed=1)
         return PPOTrainer(tiny_causal_lm("llama", tokenizer), reward_funcs=reward, **shared)
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     reward = str(folder / "reward")
-    if kind == "one_base":
+    if kind in ("one_base", "shared"):
         return PPOTrainer(base, reward_adapter=reward, peft_config=lora(lora_dropout=0.1), **shared)
     policy = PeftModel.from_pretrained(base, folder / "sft", is_trainable=True)
     return PPOTrainer(policy, reward_adapter=reward, **shared)

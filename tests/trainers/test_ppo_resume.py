@@ -55,6 +55,8 @@ def resumed(folder, kind, checkpoint, output_dir, **config):
         ("one_base", 15),
         ("full", 15),
         ("from_adapter", 9),
+        ("shared", 15),
+        ("stream", 9),
         *[
             pytest.param(kind, step, marks=pytest.mark.slow)
             for kind in ("one_base", "full")
@@ -191,6 +193,12 @@ def test_another_reward_adapter_is_refused(folder, whole, tmp_path):
         trainer.roles.base.reward_head.weight.add_(1.0)
     with pytest.raises(ValueError, match="'reward' is not the one in"):
         trainer.train(resume_from_checkpoint=str(folder / "from_adapter" / "checkpoint-6"))
+
+
+def test_a_later_pass_over_a_stream_is_refused(folder, whole, tmp_path):
+    whole("stream")
+    with pytest.raises(ValueError, match="later pass over streamed rows"):
+        resumed(folder, "stream", str(folder / "stream" / "checkpoint-15"), tmp_path)
 
 
 def test_checkpoints_without_what_resuming_needs_say_so(folder, tmp_path):
