@@ -28,7 +28,7 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (1.0, "sampling would differ from the distribution that the ratio is taken of"),
     "disable_dropout": (True, "with dropout the ratio differs from 1 before the first update"),
     "router_aux_loss_coef": (None, "mixtures of experts are untested here"),
-    "use_vllm": (False, "log-probabilities of the two engines differ until shown equal"),
+    "use_vllm": (False, "the parent would push every named parameter to it, adapters and heads of other roles too"),
     "use_transformers_continuous_batching": (False, "it is untested with roles on one base"),
     "transformers_continuous_batching_config": (None, "continuous batching is not used"),
     "use_transformers_paged": (False, "deprecated alias of continuous batching"),
