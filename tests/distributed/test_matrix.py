@@ -23,6 +23,7 @@ CASES = {
     "ppo-lora-ckpt": "the same, checkpointing",
     "ppo-lora-accumulate": "the same, two micro-batches per step",
     "ppo-lora-adamw": "the same, AdamW, clipped at 1.0",
+    "ppo-lora-shared": "the same, the critic a head on the reward adapter",
     "ppo-nf4": "PPO, LoRA on an NF4 base",
     "ppo-nf4-ckpt": "the same, checkpointing",
     "ppo-full": "PPO, full fine-tuning, critic and reward of their own",

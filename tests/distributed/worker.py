@@ -143,6 +143,7 @@ def build_ppo(case: str, world: Path, output: Path) -> PPOTrainer:
         kl_horizon=100,
         vf_coef=0.5,
         whiten_rewards=sampled,
+        critic="shared" if "shared" in case.split("-") else None,
     )
     shared = {
         "args": in_small_pieces(args),
