@@ -182,6 +182,8 @@ def _load(path: str, device: Any = "cpu") -> dict[str, Any]:
             f"{path!r} is missing: the checkpoint was written with save_only_model, or by fewer processes. Resume "
             "with as many processes as wrote it."
         )
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # DeepSpeed says cpu:0, which `torch.load` does not know
     return torch.load(path, map_location=device, weights_only=True)
 
 

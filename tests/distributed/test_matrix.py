@@ -105,6 +105,16 @@ def test_sampled_rollouts_share_their_numbers_and_not_their_samples(runs, kind, 
     agree(*(read(runs / kind, case, rank)["seen"] for rank in (0, 1)))
 
 
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_resumed_runs_end_with_the_same_bits(tmp_path, kind):
+    """Sampled rollouts and AdamW; DeepSpeed loads its own part of a checkpoint. DDP: `make slow-kill`."""
+    cases = ["ppo-lora-sampled-adamw-resume", "ppo-full-sampled-adamw-resume", "reward-lora-adamw-resume"]
+    launch(kind, worker.build_world(tmp_path / "world"), tmp_path, cases)
+    for case in cases:
+        whole, resumed = torch.load(tmp_path / f"{case}.rank0.pt")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), case
+
+
 def test_roles_under_fsdp2(runs):
     cases = {"plain": False, "ckpt": True}
     launch("ddp", runs / "world", runs / "fsdp2", list(cases), script=Path(__file__).with_name("fsdp2_worker.py"))

@@ -92,6 +92,8 @@ def options(case: str, output: Path) -> dict:
     arguments["bf16"] = "bf16" in words
     if "adamw" in words:
         arguments |= {"optim": "adamw_torch", "max_grad_norm": 1.0}
+    if "resume" in words:
+        arguments |= {"save_strategy": "steps", "save_steps": 1}
     return share(arguments, 2 if "accumulate" in words else 1)
 
 
@@ -233,6 +235,20 @@ def run(case: str, world: Path, output: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def run_twice(case: str, world: Path, output: Path) -> None:
+    """A whole run, and one that goes on from the checkpoint of the first step, in the middle of a rollout's epochs."""
+    build = build_ppo if case.startswith("ppo") else build_reward
+    ends = []
+    for checkpoint in (None, str(output / case / "checkpoint-1")):
+        trainer = build(case, world, output)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        parameters = dict(trainer.model.named_parameters())
+        with gathered(parameters.values()):
+            ends.append({name: parameter.detach().cpu().clone() for name, parameter in parameters.items()})
+    torch.save(ends, output / f"{case}.rank{trainer.accelerator.process_index}.pt")
+    trainer.accelerator.wait_for_everyone()
+
+
 def build_world(folder: Path) -> Path:
     """A tiny base, a reward adapter on it, a reward model of its own, ragged prompts and ragged preferences."""
     from peft import get_peft_model
@@ -296,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Gloo alone: at its first start DeepSpeed would compile a faster way between processes of one machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for case in parsed.cases:
-        run(case, parsed.world, parsed.output)
+        (run_twice if "resume" in case else run)(case, parsed.world, parsed.output)
 
 
 if __name__ == "__main__":
