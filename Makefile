@@ -6,7 +6,7 @@ LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TRL_EXPERIMENTAL_SILENCE = 1
 
-.PHONY: format lint type test slow slow-tests slow-learning slow-kill recipes results mutants seams-latest
+.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results mutants seams-latest
 
 format:  ## rewrite the sources in the house style
 	ruff check --fix .
@@ -22,10 +22,14 @@ type:
 test:  ## one case of each kind, offline, no GPU
 	pytest
 
-slow: slow-tests slow-learning slow-kill  ## matrices and learning runs; each part takes at most 60 minutes
+slow: slow-tests slow-learning slow-kill slow-distributed  ## matrices and learning runs; each part takes at most 60 minutes
 
 slow-tests:
-	pytest -m slow -n 0
+	pytest -m slow -n 0 --ignore tests/distributed
+
+slow-distributed:  ## two processes against one: DDP, ZeRO-2, ZeRO-3, FSDP2; the tables go to docs/scaling.md
+	RESULTS=benchmarks/results pytest -m slow -n 0 tests/distributed; \
+	status=$$?; $(PYTHON) benchmarks/results.py; exit $$status
 
 slow-kill:  ## 20 PPO runs killed at random times, on one and on two processes, and resumed to the same bits
 	$(PYTHON) benchmarks/kill_resume.py --result benchmarks/results/kill_resume.json; \

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
@@ -100,10 +100,15 @@ KEYWORDS = {
     "log-probabilities of the reference": (add_fused_lm_head, ["model", "temperature"]),
     "rollouts under checkpointing": (disable_gradient_checkpointing, ["model", "gradient_checkpointing_kwargs"]),
     "adapters beside each other": (PeftModel.add_adapter, ["adapter_name", "peft_config", "autocast_adapter_dtype"]),
-    "reading adapters": (get_peft_model_state_dict, ["model", "adapter_name", "save_embedding_layers"]),
+    "reading adapters": (
+        get_peft_model_state_dict,
+        ["model", "state_dict", "adapter_name", "save_embedding_layers"],
+    ),
     "writing adapters": (set_peft_model_state_dict, ["model", "peft_model_state_dict", "adapter_name"]),
     "whitening on all processes": (Accelerator.pad_across_processes, ["tensor", "dim"]),
     "the reference on its device": (Accelerator.prepare_model, ["model", "evaluation_mode"]),
+    "the reference under DeepSpeed": (prepare_deepspeed, ["model", "accelerator"]),
+    "the reference under FSDP": (prepare_fsdp, ["model", "accelerator"]),
 }
 
 
@@ -124,6 +129,8 @@ TRL_NAMES = {
     "trl.SFTTrainer",
     "trl.is_conversational",
     "trl.models.utils.disable_gradient_checkpointing",
+    "trl.models.utils.prepare_deepspeed",
+    "trl.models.utils.prepare_fsdp",
     "trl.trainer.utils.add_fused_lm_head",
     "trl.trainer.utils.get_callable_name",
     "trl.trainer.utils.get_config_model_id",

@@ -137,11 +137,18 @@ def check_adapter_weights(model: PeftModel, name: str, folder: str, head: nn.Mod
         )
 
 
-def save_scalar_adapter(model: PeftModel, name: str, head: torch.Tensor, folder: str) -> None:
-    """Write adapter `name` and its head so that PEFT loads them as a sequence classifier, with no foreign key."""
+def save_scalar_adapter(
+    model: PeftModel, name: str, head: torch.Tensor, folder: str, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write adapter `name` and its head so that PEFT loads them as a sequence classifier, with no foreign key.
+
+    Args:
+        state (`dict[str, torch.Tensor]`, *optional*):
+            Whole weights under the names of `model`'s state, for a model that is in pieces.
+    """
     config = copy.copy(model.peft_config[name])
     config.modules_to_save, config.task_type, config.inference_mode = ["score"], "SEQ_CLS", True
-    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
     tensors = {**weights, HEAD_KEY: head}
     os.makedirs(folder, exist_ok=True)
     save_file(

@@ -21,29 +21,35 @@ from .adapters import add_reference_adapter, add_scalar_adapter
 from .reward_checkpoints import find_file
 from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
 from .scoring import ModelReward, classifier_of, load_reward_model
+from .sharding import whole_weights
 
 
 logger = logging.get_logger(__name__)
 
 
-def load_policy(path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> nn.Module:
+def load_policy(path: str, *, trust_remote_code: bool = False, in_pieces: bool = False, **kwargs: Any) -> nn.Module:
     """Load a policy to train: a full model, or a folder with a LoRA adapter, whose config names its base.
 
     Args:
         path (`str`):
             Model id or folder.
+        in_pieces (`bool`, *optional*, defaults to `False`):
+            Whether ZeRO-3 may cut a full model up while it loads. Enough under a fresh adapter, which copies nothing.
         kwargs:
             Passed to `from_pretrained`: `dtype` (float32 unless given, as in TRL's trainers), `revision`,
             `quantization_config`, ...
     """
     kwargs.setdefault("dtype", torch.float32)
     if os.path.exists(os.path.join(path, "adapter_config.json")):
-        return AutoPeftModelForCausalLM.from_pretrained(
-            path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs
-        )
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+        with whole_weights():
+            return AutoPeftModelForCausalLM.from_pretrained(
+                path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs
+            )
+    with whole_weights(zero3=not in_pieces):
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
 
 
+@whole_weights()
 def critic_from_policy(base: PreTrainedModel) -> PreTrainedModel:
     """A critic for rewards that are no model: the policy's trunk with a head of zeros (Ziegler et al. 2019)."""
     config = copy.deepcopy(base.config)

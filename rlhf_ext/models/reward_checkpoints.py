@@ -15,12 +15,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .pooling import pool_by_attention_mask
+from .sharding import whole_weights
 
 
 REWARD_FILE = "reward_config.json"
 """Written beside a saved reward model: what it takes to score again as it did, and no other file says."""
 
 
+@whole_weights()
 def load_reward_model(
     path_or_model_id: str | os.PathLike,
     *,

@@ -14,6 +14,7 @@ from ..models.adapters import check_adapter_weights, load_adapter_weights, save_
 from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.reward_checkpoints import load_weights
 from ..models.roles import CRITIC, POLICY, REFERENCE, REWARD, base_of
+from ..models.sharding import add_frozen
 
 
 # A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
@@ -145,6 +146,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir if output_dir is not None else self.args.output_dir
         state = self.model.state_dict() if state_dict is None else state_dict
+        state = add_frozen(state, self.model, {REFERENCE, REWARD, f"{REWARD}_head"})
         base = base_of(self.accelerator.unwrap_model(self.model))
         # PEFT looks through all modules for weights to save, and a critic may have adapters of its own.
         critic = base._modules.pop(CRITIC, None)
@@ -161,10 +163,10 @@ class CheckpointMixin(CompleteCheckpointMixin):
             base.critic.save_pretrained(os.path.join(folder, CRITIC), state_dict=own)
             self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
         for name in (CRITIC, REWARD):
-            head = getattr(base, f"{name}_head", None)
-            if head is not None:
+            if getattr(base, f"{name}_head", None) is not None:
                 adapter = REWARD if self.critic == "shared" else name
-                save_scalar_adapter(self.roles.model, adapter, head.weight, os.path.join(folder, name))
+                head = next(tensor for key, tensor in state.items() if key.endswith(f".{name}_head.weight"))
+                save_scalar_adapter(self.roles.model, adapter, head, os.path.join(folder, name), state)
                 self.processing_class.save_pretrained(os.path.join(folder, name))
 
 
@@ -180,6 +182,8 @@ def _load(path: str, device: Any = "cpu") -> dict[str, Any]:
             f"{path!r} is missing: the checkpoint was written with save_only_model, or by fewer processes. Resume "
             "with as many processes as wrote it."
         )
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # DeepSpeed says cpu:0, which `torch.load` does not know
     return torch.load(path, map_location=device, weights_only=True)
 
 

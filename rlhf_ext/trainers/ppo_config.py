@@ -166,6 +166,8 @@ class PPOConfig(GRPOConfig):
         if self.num_generations == 1:
             self.num_generations = _One(1)
         self.num_generations_eval = self.num_generations
+        if self.ddp_find_unused_parameters is None:  # `Trainer` would read it as True for a model with adapters
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         self.num_generations = self.num_generations_eval = int(self.num_generations)
         self._check_parent_fields()
@@ -244,6 +246,16 @@ class PPOConfig(GRPOConfig):
         ):
             raise ValueError(
                 f"critic_learning_rate={self.critic_learning_rate} has no effect without a critic. Remove it."
+            )
+        if self.ddp_find_unused_parameters:
+            raise ValueError(
+                "ddp_find_unused_parameters=True fails: policy and critic share a base, so DDP would mark its "
+                "parameters twice. Set it to False; every trained parameter takes part."
+            )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs has use_reentrant=True, which loses the critic's gradients on one base "
+                "and fails under DDP and ZeRO-3. Set it to False, or leave it out."
             )
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(

@@ -34,6 +34,7 @@ from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
 from ..models.roles import CRITIC, checkpoint_context
 from ..models.scoring import ModelReward, checked_reward
+from .launch import check_launch, prepare_frozen, reset_reentrant
 from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
@@ -107,13 +108,14 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         reward_adapter: str | None = None,
     ):
         args = PPOConfig("ppo") if args is None else copy.copy(args)  # the caller may use it for another trainer
+        check_launch(args, model)
         set_seed(args.seed)  # adapters start at random
         if isinstance(model, str):
             kwargs = {**(args.model_init_kwargs or {})}
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
             kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            source, model = model, load_policy(model, **kwargs)
+            source, model = model, load_policy(model, in_pieces=peft_config is not None, **kwargs)
             args.model_init_kwargs = None
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
@@ -172,10 +174,6 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
                 self.roles.base.critic_head.weight.data.mul_(args.reward_weights[0])
         if args.gradient_checkpointing and reward_adapter is not None:
             given = args.gradient_checkpointing_kwargs or {}
-            if given.get("use_reentrant"):
-                raise ValueError(
-                    "gradient_checkpointing_kwargs use_reentrant=True loses the critic's gradients. Set it to False."
-                )
             given = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
             # `Trainer` reads the new name when training starts, TRL the old one after each rollout.
             args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = given
@@ -192,6 +190,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
             optimizers=optimizers,
         )
         self.roles.unfreeze()
+        reset_reentrant(args)
         if optimizers[0] is not None:
             self._check_optimizer(optimizers[0])
 
@@ -199,7 +198,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
         if self.reference is not None:
             add_fused_lm_head(self.reference, temperature=self.temperature)
             count_positions_from_mask(self.reference.base_model)
-            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+            self.reference = prepare_frozen(self.reference, self.accelerator)
         for reward in [func.reward for func in rewards if isinstance(getattr(func, "reward", None), ModelReward)]:
             reward.eos_token_ids = set(self.eos_token_ids)
             reward.model.to(self.accelerator.device)

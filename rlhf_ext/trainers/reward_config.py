@@ -13,8 +13,8 @@ class PreferenceRewardConfig(RewardConfig):
     Configuration class for the [`PreferenceRewardTrainer`].
 
     Only the parameters that [`~trl.RewardConfig`] does not have are listed; the others keep their meaning and their
-    defaults. `center_rewards_coefficient` and a `margin` column work with two completions per row, as in TRL, and are
-    refused with more.
+    defaults, but for `ddp_find_unused_parameters=False`. `center_rewards_coefficient` and a `margin` column work with
+    two completions per row, as in TRL, and are refused with more.
 
     Parameters:
         > Parameters that control the reward
@@ -42,6 +42,11 @@ class PreferenceRewardConfig(RewardConfig):
             What to do with rows longer than `max_length`. They are dropped and counted; `"raise"` refuses a dataset in
             which they are more than 1%% of the rows, `"drop"` does not.
     """
+
+    # Parameters with another default than the parent's
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter takes part, so DDP need not search for those that do not."}
+    )
 
     # Parameters that control the reward
     reward_aggregation: str = field(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from ..functional.candidates import arrange_rewards, candidates_loss, center_los
 from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.pooling import classifier_of, pool_by_attention_mask
 from ..models.reward_checkpoints import save_reward_config, set_head
+from ..models.sharding import whole_weights
+from .launch import check_launch, reset_reentrant
 from .reward_config import PreferenceRewardConfig
 from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_config
 
@@ -127,6 +130,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
             args = PreferenceRewardConfig(f"{name.split('/')[-1]}-PreferenceReward")
         elif not isinstance(args, PreferenceRewardConfig):
             raise ValueError(f"`args` is a {type(args).__name__}; pass a `PreferenceRewardConfig`.")
+        check_launch(args, model)
         if processing_class is not None:
             _check_eos(processing_class, args.eos_token)
         if peft_config is not None:
@@ -156,26 +160,30 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
             check_adapter(model)
             for parameter in frozen:
                 parameter.requires_grad_(False)
+        # Under ZeRO-3 the parent would load a model in pieces, and its head could not be set.
+        loading = nullcontext() if args.deepspeed_plugin is None else whole_weights()
         try:
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
+            with loading:
+                super().__init__(
+                    model=model,
+                    args=args,
+                    data_collator=data_collator,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                    preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
+        reset_reentrant(args)
         if data_collator is None:
             self.data_collator = DataCollatorForCandidates(
                 pad_token_id=self.processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
