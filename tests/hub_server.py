@@ -148,7 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo.commits.append((hashlib.sha1(repo_id.encode()).hexdigest(), {".gitattributes": (attributes, False)}))
             self.hub.repos[repo_id] = repo
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
-        self._json({**answer, **({"error": "You already created this model repo"} if exists else {})}, 409 * exists or 200)
+        self._json(
+            {**answer, **({"error": "You already created this model repo"} if exists else {})}, 409 * exists or 200
+        )
 
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
@@ -216,7 +218,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if size > PART:
                     numbers = range(1, -(-size // PART) + 1)
                     parts = {str(n): f"{self.hub.url}/lfs/{oid}/part/{n}" for n in numbers}
-                    upload = {"href": f"{self.hub.url}/lfs/{oid}/complete", "header": {"chunk_size": str(PART), **parts}}
+                    upload = {
+                        "href": f"{self.hub.url}/lfs/{oid}/complete",
+                        "header": {"chunk_size": str(PART), **parts},
+                    }
                 answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs/{oid}/verify"}}
             objects.append(answer)
         self._json({"transfer": "basic", "objects": objects})
@@ -279,7 +284,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not is_lfs:
             return self._send(200, content, {**headers, "ETag": f'"{_oid(content, False)}"'})
         linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{_oid(content, True)}"'}
-        self._send(302, headers={**headers, **linked, "Location": f"{self.hub.url}/cdn/{commit[0]}/{_oid(content, True)}"})
+        self._send(
+            302, headers={**headers, **linked, "Location": f"{self.hub.url}/cdn/{commit[0]}/{_oid(content, True)}"}
+        )
 
     def cdn(self, sha: str, oid: str) -> None:
         # The client follows a redirect on one host and reads hash, size and commit from the last answer.
