@@ -148,9 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo.commits.append((hashlib.sha1(repo_id.encode()).hexdigest(), {".gitattributes": (attributes, False)}))
             self.hub.repos[repo_id] = repo
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
-        self._json(
-            {**answer, **({"error": "You already created this model repo"} if exists else {})}, 409 * exists or 200
-        )
+        if exists:
+            return self._json({**answer, "error": "You already created this model repo"}, 409)
+        self._json(answer)
 
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]

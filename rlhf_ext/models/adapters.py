@@ -39,7 +39,8 @@ def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor
         folder = local_folder(folder)
     except ValueError as error:
         raise ValueError(
-            f"reward_adapter={folder!r} has no adapter_config.json: {error} Pass the folder that PreferenceRewardTrainer saved."
+            f"reward_adapter={folder!r} has no adapter_config.json: {error} Pass the folder "
+            "that PreferenceRewardTrainer saved."
         ) from error
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ValueError(

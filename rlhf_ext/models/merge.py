@@ -131,8 +131,8 @@ def _check_order(adapters: Sequence[str], folders: list[str], configs: list[Peft
     for number in range(1, len(adapters)):
         if os.path.isdir(os.path.join(folders[number], REFERENCE)):
             raise ValueError(
-                f"The adapter {adapters[number]!r} went on from another adapter (it has a folder {REFERENCE!r}), whose "
-                f"weights are in it: on top of {adapters[number - 1]!r} they would count twice. Merge it alone."
+                f"The adapter {adapters[number]!r} went on from another adapter (it has a folder {REFERENCE!r}), "
+                f"whose weights are in it: on top of {adapters[number - 1]!r} they would count twice. Merge it alone."
             )
         if configs[number].base_model_name_or_path == configs[0].base_model_name_or_path:
             logger.warning(

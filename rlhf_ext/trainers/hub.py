@@ -69,8 +69,8 @@ class HubMixin:
         base = self._base_name()
         if isinstance(self._policy_or_classifier(), PeftModel) and not _is_repo_id(base):
             logger.warning(
-                f"The adapters that are pushed name their base as {base!r}, which is no id on the Hub: nobody else can "
-                "load them. Push the base too and train on its id, or push what `rlhf-ext merge` writes."
+                f"The adapters that are pushed name their base as {base!r}, which is no id on the Hub: nobody else "
+                "can load them. Push the base too and train on its id, or push what `rlhf-ext merge` writes."
             )
         return super().push_to_hub(*args, **kwargs)
 
@@ -120,7 +120,7 @@ class HubMixin:
         for what, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             if hasattr(dataset, "__len__") and not isinstance(dataset, dict):
                 rows.append((f"{what} rows", str(len(dataset))))
-        rows.append(("optimizer steps", str(self.state.global_step)))
+        rows += [("optimizer steps", str(self.state.global_step)), ("seed", str(self.args.seed))]
         return rows
 
 
@@ -128,10 +128,10 @@ def describe_adapter(model: Any, name: str) -> str:
     """One line for an adapter: rank, alpha, where it sits."""
     config = model.peft_config[name]
     targets = config.target_modules
-    where = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-    return (
-        f"{config.peft_type.value} r={getattr(config, 'r', '?')} alpha={getattr(config, 'lora_alpha', '?')} on {where}"
-    )
+    # PEFT writes `all-linear` out layer by layer; the kinds of layers say the same.
+    where = targets if isinstance(targets, str) else ", ".join(sorted({t.split(".")[-1] for t in targets or ()}))
+    sizes = [f"{key} {getattr(config, key)}" for key in ("r", "lora_alpha") if hasattr(config, key)]
+    return ", ".join([config.peft_type.value, *sizes, f"on {where}"])
 
 
 def _two_columns(args: Any) -> str:

@@ -115,7 +115,7 @@ class PPOCardMixin(HubMixin):
         where = {
             "adapter": "base -> `critic`, an adapter that started as the reward's, with its head; folder `critic/`",
             "shared": "base -> `reward` with a head of its own; folder `critic/`",
-            "model": "a model of its own that started from the reward; folder `critic/`",
+            "model": "a model of its own; folder `critic/`",
             "none": "none",
         }
         rows.append(("critic", where[critic]))

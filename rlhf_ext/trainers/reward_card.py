@@ -35,8 +35,8 @@ class RewardCardMixin(HubMixin):
         model, args = self._policy_or_classifier(), self.args
         base = public_name(self._base_name())
         intro = (
-            f"A reward model on `{base}`: one score per text, trained on preferences. Written by `rlhf_ext`, a toolkit "
-            "on [TRL](https://github.com/huggingface/trl)."
+            f"A reward model on `{base}`: one score per text, trained on preferences. Written by `rlhf_ext`, a "
+            "toolkit on [TRL](https://github.com/huggingface/trl)."
         )
         stack = [("reward model", "the base itself with a head, trained in full")]
         if isinstance(model, PeftModel):
