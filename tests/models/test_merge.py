@@ -107,8 +107,7 @@ def test_dtype_is_written_and_the_sum_is_taken_in_float32(base, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "own").dtype == torch.bfloat16
 
 
-def nf4():
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["quantised_checkpoint", "quantised_when_loaded"])
@@ -119,7 +118,9 @@ def test_a_quantised_base(tmp_path, on_disk):
     wide.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     name = str(tmp_path / "base")
-    quantised = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4(), dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=BitsAndBytesConfig(**NF4), dtype=torch.float32
+    )
     if on_disk:
         quantised.save_pretrained(tmp_path / "nf4")
         name = str(tmp_path / "nf4")

@@ -154,6 +154,7 @@ def test_the_card_says_from_what_and_towards_what(hub):
     assert "a model of its own; folder `critic/`" in full.text and commit in full.text
     reward = ModelCard(hub.files("tester/reward")["README.md"].decode())
     assert commit in reward.text and "`accuracy`" in reward.text and "load_reward_model" in reward.text
+    assert "### Framework versions" in reward.text, "TRL's part of the card"
 
 
 def test_an_adapter_names_the_commit_of_its_base(hub):

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_ext.models.build import load_policy
+from rlhf_ext.models.merge import merge_adapters
 from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.test_ppo_roles import (
@@ -26,6 +27,7 @@ QUANTISED = {
     "nf4": lambda: BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bf16": lambda: None,
+    "fp32": lambda: None,
 }
 
 
@@ -115,7 +117,6 @@ def test_adapters_move_at_the_learning_rates_of_ppo(tmp_path, folder, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
-    QUANTISED.setdefault("fp32", lambda: None)
     found = {}
     for checkpointing in (False, True):
         trainer = trainer_on(
@@ -137,7 +138,6 @@ def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 @pytest.mark.parametrize("from_folder", [True, False], ids=["folder", "instance"])
 def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_folder):
-    QUANTISED.setdefault("fp32", lambda: None)
     if from_folder:
         model = policy(folder, kind, "sft")
     else:
@@ -157,3 +157,15 @@ def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_f
     trainer.train()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
     assert abs(logged(trainer, "kl")[-1]) > 1e-4
+
+
+def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder):
+    """PEFT's config does not, and on the base in full precision the adapter is another policy."""
+    trainer = trainer_on(tmp_path, folder, "nf4")
+    trainer.save_model(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="4-bit.*dequantize=True"):
+        merge_adapters([str(tmp_path / "saved")], str(tmp_path / "merged"))
+    trainer.create_model_card()
+    assert "bnb_4bit_quant_type=nf4" in (tmp_path / "out" / "README.md").read_text()
+    trainer_on(tmp_path, folder, "fp32").save_model(str(tmp_path / "plain"))
+    merge_adapters([str(tmp_path / "plain")], str(tmp_path / "merged"))
