@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
+from .base_quantization import save_base_quantization
 from .hub import local_folder
 from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation
 from .roles import POLICY, REFERENCE
@@ -163,3 +164,4 @@ def save_scalar_adapter(model: PeftModel, name: str, head: torch.Tensor, folder:
     )
     config.save_pretrained(folder)
     save_reward_config(folder, "last", plain_dtype(model.get_base_model()))
+    save_base_quantization(model.get_base_model(), folder)

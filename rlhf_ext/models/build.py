@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import add_reference_adapter, add_scalar_adapter
+from .base_quantization import QUANTIZATION_FILE
 from .hub import is_inside_repo, local_folder
 from .reward_checkpoints import find_file
 from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
@@ -45,6 +46,12 @@ def load_policy(path: str, *, trust_remote_code: bool = False, **kwargs: Any) ->
         if find_file(path, "adapter_model.safetensors", revision) is None:
             raise ValueError(
                 f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again."
+            )
+        if "quantization_config" not in kwargs and find_file(path, QUANTIZATION_FILE, revision) is not None:
+            logger.warning(
+                f"{path!r} was trained on a quantised base (see its {QUANTIZATION_FILE}) and is now loaded on the "
+                "base in full precision, where it is another policy. To go on from it, pass the same "
+                "`quantization_config`."
             )
         return AutoPeftModelForCausalLM.from_pretrained(
             path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs

@@ -6,7 +6,6 @@ weights it computed with.
 """
 
 import gc
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +14,16 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
 from .hub import is_inside_repo, local_folder
 from .reward_checkpoints import find_file
 from .roles import REFERENCE
 
 
 logger = logging.get_logger(__name__)
-
-QUANTIZATION_FILE = "base_quantization.json"
-"""Written beside an adapter that was trained on a quantised base: PEFT's config does not say so."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,20 +92,6 @@ def merge_adapters(
     return output_dir
 
 
-def quantization_of(config: Any) -> dict[str, Any] | None:
-    """The quantisation in a model's config as plain values, `None` where there is none."""
-    found = getattr(config, "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else found.to_dict()
-
-
-def save_base_quantization(base: PreTrainedModel, folder: str) -> None:
-    """Write [`QUANTIZATION_FILE`] beside an adapter if its base is quantised."""
-    settings = quantization_of(base.config)
-    if settings is not None:
-        with open(os.path.join(folder, QUANTIZATION_FILE), "w", encoding="utf-8") as file:
-            json.dump(settings, file, indent=1, default=str)
-
-
 def _read_config(adapter: str, folder: str) -> PeftConfig:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not os.path.isfile(os.path.join(folder, name)):
@@ -149,11 +132,9 @@ def _load_base(
     settings = quantization_of(config)
     where = f"The base {base!r}"
     for folder in folders:
-        path = os.path.join(folder, QUANTIZATION_FILE)
-        if settings is None and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                settings = json.load(file)
-            where = f"The base that the adapter in {folder!r} was trained on"
+        found = read_base_quantization(os.path.join(folder, QUANTIZATION_FILE))
+        if settings is None and found is not None:
+            settings, where = found, f"The base that the adapter in {folder!r} was trained on"
     if settings is not None and not dequantize:
         bits = "8-bit" if settings.get("load_in_8bit") else "4-bit" if settings.get("load_in_4bit") else "low-bit"
         raise ValueError(
@@ -166,7 +147,7 @@ def _load_base(
     if settings is None:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options), own_dtype
     if quantization_of(config) is None:
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
+        options |= as_loading_option(settings)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=own_dtype, **options).dequantize()
     gc.collect()
     return model.float(), own_dtype

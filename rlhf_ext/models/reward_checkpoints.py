@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
 from .hub import is_inside_repo, local_folder
 from .pooling import pool_by_attention_mask
 
@@ -44,7 +45,8 @@ def load_reward_model(
         device (`str` or `torch.device`, *optional*):
             Where to put the model.
         base_model (`str` or `os.PathLike`, *optional*):
-            Base of an adapter; by default the one its `adapter_config.json` names, at the commit it names.
+            Base of an adapter; by default the one its `adapter_config.json` names, at the commit it names and
+            quantised as it was in training.
         subfolder (`str`, *optional*):
             Folder inside, such as `"reward"` of what [`PPOTrainer`] saved or pushed.
         revision (`str`, *optional*):
@@ -115,7 +117,7 @@ def saved_aggregation(path: str) -> str:
 
 
 def _load_classifier(
-    path: str, dtype: str | torch.dtype, trust_remote_code: bool, revision: str | None = None
+    path: str, dtype: str | torch.dtype, trust_remote_code: bool, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, set[str]]:
     # Missing weights are judged by the caller; the library's own "newly initialized" report would be a false alarm
     # where an adapter brings the head.
@@ -129,6 +131,7 @@ def _load_classifier(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
     except RuntimeError as error:
         if "size" not in str(error):
@@ -153,9 +156,15 @@ def _load_adapter(
     revision = None if base_model else config.get("revision")
     if not base_path:
         raise ValueError(f"`base_model_name_or_path` is empty in {config_file!r}. Pass `base_model=`.")
+    options = {}
+    if find_file(str(base_path), "config.json", revision) is not None and base_model is None:
+        # Unless another base is asked for, the one that the adapter was trained on, rounded as it was.
+        base_config = AutoConfig.from_pretrained(base_path, revision=revision, trust_remote_code=trust_remote_code)
+        if quantization_of(base_config) is None:
+            options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
-    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code, revision)
+    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
     head = read_head(path)
     foreign = {name for name in missing if not name.startswith("score.")}
     if foreign or (missing and not head):

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers.utils import logging
 
-from ..models.merge import QUANTIZATION_FILE, quantization_of, save_base_quantization
+from ..models.base_quantization import QUANTIZATION_FILE, quantization_of, save_base_quantization
 from ..models.reward_checkpoints import REWARD_FILE
 from ..models.roles import CRITIC, REFERENCE, REWARD
 from .card import CURVES_FILE, hyperparameters, metrics_table, plot_curves, public_name, rewrite_card, table

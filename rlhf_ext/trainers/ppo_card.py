@@ -1,7 +1,10 @@
 """What the card of a PPO run says: from what, on what, towards what, and how each role is loaded."""
 
+from typing import Any
+
 from peft import PeftModel
 
+from ..models.base_quantization import quantization_of
 from ..models.roles import POLICY, REWARD
 from .card import public_name, table
 from .hub import HubMixin, describe_adapter
@@ -12,7 +15,7 @@ from transformers import AutoTokenizer
 from {package} import {loader}
 
 repo = "{repo}"
-policy = {loader}.from_pretrained(repo)
+policy = {loader}.from_pretrained(repo{options})
 tokenizer = AutoTokenizer.from_pretrained(repo)
 inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(policy.generate(**inputs, max_new_tokens=32)[0]))"""
@@ -38,6 +41,11 @@ _ESTIMATORS = {
     "returns": "discounted returns (gamma {gamma}) minus the value where there is a critic",
     "leave_one_out": "summed reward minus the mean of the other completions of the prompt",
 }
+
+
+def _as_code(settings: dict[str, Any]) -> str:
+    shown = {name: value for name, value in settings.items() if name.startswith(("load_in_", "bnb_4bit_")) and value}
+    return "BitsAndBytesConfig(" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + ")"
 
 
 class PPOCardMixin(HubMixin):
@@ -131,12 +139,16 @@ class PPOCardMixin(HubMixin):
     def _loading(self, repo: str) -> str:
         is_peft = isinstance(self._policy_or_classifier(), PeftModel)
         loader = ("peft", "AutoPeftModelForCausalLM") if is_peft else ("transformers", "AutoModelForCausalLM")
-        parts = [_LOAD_POLICY.format(package=loader[0], loader=loader[1], repo=repo, prompt="The")]
+        settings = quantization_of(self.roles.base.config) if is_peft else None
+        options = f", quantization_config={_as_code(settings)}" if settings else ""
+        policy = _LOAD_POLICY.format(package=loader[0], loader=loader[1], repo=repo, options=options, prompt="The")
+        parts = ["from transformers import BitsAndBytesConfig\n" * bool(settings) + policy]
         if self.critic != "none":
             parts.append(_LOAD_CRITIC)
         if is_peft and REWARD in self.roles.model.peft_config:
             parts.append(_LOAD_REWARD)
         text = "\n\n".join(f"```python\n{part}\n```" for part in parts)
         if is_peft:
-            text += f"\n\nAs one model without adapters: `rlhf-ext merge --adapter {repo} --output_dir merged`."
+            flag = " --dequantize" if settings else ""
+            text += f"\n\nAs one model without adapters: `rlhf-ext merge --adapter {repo} --output_dir merged{flag}`."
         return text

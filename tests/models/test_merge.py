@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rlhf_ext import cli
-from rlhf_ext.models.merge import QUANTIZATION_FILE, merge_adapters, save_base_quantization
+from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, save_base_quantization
+from rlhf_ext.models.merge import merge_adapters
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
