@@ -1,4 +1,4 @@
-"""The `rlhf-ext` command: a shell over `pipelines/`."""
+"""The `rlhf-ext` command: a shell over `pipelines/` and `models/`."""
 
 import argparse
 import os
@@ -18,18 +18,45 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and sampling (default: 0)")
     quickstart.add_argument("--num_updates", type=int, help="PPO updates; a small number only checks the set-up")
     quickstart.add_argument("--label_error_rate", type=float, help="share of labels drawn at random (default: 0)")
+    merge = commands.add_parser(
+        "merge",
+        help="one model out of a base and its adapters",
+        description="Write a base plus LoRA adapters as one model. Folders or ids on the Hub.",
+    )
+    merge.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        help="LoRA adapter of a policy; once more for one that was trained on top of the one before it",
+    )
+    merge.add_argument("--output_dir", required=True, help="new folder for the model and its tokenizer")
+    merge.add_argument("--base", help="base model (default: the one that the first adapter names)")
+    merge.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype that is written (default: the base's); the sum is taken in float32",
+    )
+    merge.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="merge a quantised base as the full weights it computes with",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    return {"quickstart": _quickstart, "merge": _merge}[args.command](args)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
     if args.num_updates is not None and args.num_updates < 1:
         raise SystemExit(f"rlhf-ext: --num_updates is {args.num_updates}; give 1 or more")
     # Nothing here needs the Hub, and TRL would report its use from a trainer's constructor.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     # Read when torch loads. Threads that spin long while they wait cost a factor of four as soon as a core is shared;
     # threads that sleep at once, a third of the speed on quiet ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,6 +65,17 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = quick(num_updates=args.num_updates, label_error_rate=args.label_error_rate)
     run_quickstart(args.output_dir, args.seed, settings)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from .models.merge import merge_adapters
+
+    try:
+        merge_adapters(args.adapter, args.output_dir, base=args.base, dtype=args.dtype, dequantize=args.dequantize)
+    except ValueError as error:
+        raise SystemExit(f"rlhf-ext: {error}") from error
+    print(f"{args.output_dir}: base + {' + '.join(args.adapter)}")
     return 0
 
 

@@ -18,6 +18,13 @@ SURFACE = {
         "--num_updates": (None, int),
         "--label_error_rate": (None, float),
     },
+    "merge": {
+        "--adapter": (None, None),
+        "--output_dir": (None, None),
+        "--base": (None, None),
+        "--dtype": (None, None),
+        "--dequantize": (False, None),
+    },
 }
 
 
@@ -45,7 +52,10 @@ def test_every_flag_has_help():
             assert action.help, f"{name} {action.option_strings}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["quickstart", "--speed", "9"], ["quickstart", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["quickstart", "--speed", "9"], ["quickstart", "--seed", "x"], ["merge", "--adapter", "x"]],
+)
 def test_unknown_arguments_end_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

@@ -16,6 +16,7 @@ from rlhf_ext import PPOConfig, PreferenceRewardConfig
 from rlhf_ext.data.arguments import DataArguments
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
+from tests.hub_server import TOKEN, HubServer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +47,14 @@ def world(tmp_path_factory):
     return folder
 
 
-def launch(recipe: str, config: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def launch(
+    recipe: str, config: str, *flags: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess:
     """The launch line of the YAML's header, with what a test adds."""
     line = [sys.executable, "-m", "accelerate.commands.launch"]
     line += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / f"{recipe}.py")]
     line += ["--config", str(ROOT / "recipes" / config), "--max_steps", "2", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **variables}
     return subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
@@ -90,12 +93,19 @@ def test_ppo_recipe(world, tmp_path):
     flags += ["--reward_model_path", f"{world}/reward", "--reward_funcs", "own_rewards:brevity"]
     flags += ["--critic_model_path", f"{world}/reward"]
     saving = ["--save_steps", "1", "--save_total_limit", "3"]
-    process = launch("ppo", "ppo_tiny.yaml", *flags, *saving, "--output_dir", f"{tmp_path}/out", cwd=tmp_path)
+    saving += ["--output_dir", f"{tmp_path}/out", "--push_to_hub", "true", "--hub_model_id", "tester/recipe"]
+    with HubServer() as hub:
+        client = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "cache")}
+        client |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        process = launch("ppo", "ppo_tiny.yaml", *flags, *saving, cwd=tmp_path, **client)
     metrics = finished(process, tmp_path / "out")
     assert "eval_reward" in metrics and "eval_rewards/brevity/mean" in metrics
     assert "PPO" in (tmp_path / "out" / "README.md").read_text()
     assert "Completion" in process.stdout + process.stderr  # the completions table
     assert list((tmp_path / "out" / "completions").glob("*.parquet"))
+    pushed = hub.files("tester/recipe")
+    assert {"model.safetensors", "critic/model.safetensors", "training_curves.png"} <= set(pushed)
+    assert pushed["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
     # Resumed from the middle of a rollout, the run ends with the same bits.
     flags += ["--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1"]
     process = launch("ppo", "ppo_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/resumed", cwd=tmp_path)

@@ -51,6 +51,14 @@ SIGNATURES = {
             "_push_from_checkpoint": ["checkpoint_folder"],
         }.items()
     },
+    **{
+        (owner, name): (["self", *parameters], f"HubMixin.{name}: card and folders of every role on the Hub")
+        for owner in (GRPOTrainer, RewardTrainer)
+        for name, parameters in {
+            "create_model_card": ["model_name", "dataset_name", "tags"],
+            "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
+        }.items()
+    },
     (GRPOTrainer, "_save_rng_state"): (["self", "output_dir"], "resuming: the rollout in use is saved"),
     (GRPOTrainer, "_load_rng_state"): (["self", "checkpoint"], "resuming: the rollout in use comes back"),
     (GRPOTrainer, "_load_from_checkpoint"): (["self", "resume_from_checkpoint", "model"], "resuming: every role"),

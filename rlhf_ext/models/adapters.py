@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
-from .reward_checkpoints import saved_aggregation
+from .base_quantization import save_base_quantization
+from .hub import local_folder
+from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation
 from .roles import POLICY, REFERENCE
 
 
@@ -25,11 +27,22 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor]:
-    """Read a reward or critic adapter folder: its LoRA config, its LoRA weights, and its head `(1, H)`.
+    """Read a reward or critic adapter: its LoRA config, its LoRA weights, and its head `(1, H)`.
+
+    Args:
+        folder (`str`):
+            A folder, an id on the Hub, or `owner/name/reward` for a folder of a repository.
 
     Raises:
-        ValueError: `folder` is no LoRA adapter, or has no head (a random one would be a silent error).
+        ValueError: `folder` does not exist, is no LoRA adapter, or has no head (a random one would be a silent error).
     """
+    try:
+        folder = local_folder(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"reward_adapter={folder!r} has no adapter_config.json: {error} Pass the folder "
+            "that PreferenceRewardTrainer saved."
+        ) from error
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ValueError(
             f"reward_adapter={folder!r} has no adapter_config.json. Pass the folder that PreferenceRewardTrainer "
@@ -157,3 +170,5 @@ def save_scalar_adapter(
         metadata={"format": "pt"},
     )
     config.save_pretrained(folder)
+    save_reward_config(folder, "last", plain_dtype(model.get_base_model()))
+    save_base_quantization(model.get_base_model(), folder)

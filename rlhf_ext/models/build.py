@@ -1,7 +1,6 @@
 """From what the caller passes to the one wrapped model that holds every trained role."""
 
 import copy
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,8 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import add_reference_adapter, add_scalar_adapter
+from .base_quantization import QUANTIZATION_FILE
+from .hub import is_inside_repo, local_folder
 from .reward_checkpoints import find_file
 from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
 from .scoring import ModelReward, classifier_of, load_reward_model
@@ -28,19 +29,33 @@ logger = logging.get_logger(__name__)
 
 
 def load_policy(path: str, *, trust_remote_code: bool = False, in_pieces: bool = False, **kwargs: Any) -> nn.Module:
-    """Load a policy to train: a full model, or a folder with a LoRA adapter, whose config names its base.
+    """Load a policy to train: a full model, or a LoRA adapter, whose config names its base. Safetensors only.
 
     Args:
         path (`str`):
-            Model id or folder.
+            Folder, or id on the Hub.
         in_pieces (`bool`, *optional*, defaults to `False`):
             Whether ZeRO-3 may cut a full model up while it loads. Enough under a fresh adapter, which copies nothing.
         kwargs:
             Passed to `from_pretrained`: `dtype` (float32 unless given, as in TRL's trainers), `revision`,
             `quantization_config`, ...
+
+    Raises:
+        ValueError: an adapter without a safetensors file.
     """
     kwargs.setdefault("dtype", torch.float32)
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
+    revision = kwargs.get("revision")
+    if find_file(path, "adapter_config.json", revision) is not None:
+        if find_file(path, "adapter_model.safetensors", revision) is None:
+            raise ValueError(
+                f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again."
+            )
+        if "quantization_config" not in kwargs and find_file(path, QUANTIZATION_FILE, revision) is not None:
+            logger.warning(
+                f"{path!r} was trained on a quantised base (see its {QUANTIZATION_FILE}) and is now loaded on the "
+                "base in full precision, where it is another policy. To go on from it, pass the same "
+                "`quantization_config`."
+            )
         with whole_weights():
             return AutoPeftModelForCausalLM.from_pretrained(
                 path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs
@@ -152,7 +167,7 @@ def build_roles(
         critic_model (`PreTrainedModel` or `PeftModel`, *optional*):
             Sequence classifier with one label.
         reward_adapter (`str`, *optional*):
-            Folder of a reward adapter trained on the same base.
+            Folder or Hub id of a reward adapter trained on the same base.
         peft_config (`PeftConfig`, *optional*):
             Adapter to put on a plain policy.
         keep_reference (`bool`, *optional*, defaults to `True`):
@@ -256,6 +271,8 @@ def choose_critic(
             raise ValueError(f"critic_model was given, but critic={critic!r} does not read it. Set critic='model'.")
         return critic, None
     if isinstance(critic_model, str):
+        if is_inside_repo(critic_model):
+            critic_model = local_folder(critic_model)
         tokenizer = AutoTokenizer.from_pretrained(critic_model, trust_remote_code=trust_remote_code)
         check_vocabularies(policy_processing_class, tokenizer, "critic_model")
         critic_model = load_reward_model(critic_model, dtype=torch.float32, trust_remote_code=trust_remote_code)

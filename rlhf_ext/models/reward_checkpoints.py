@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
+from .hub import is_inside_repo, local_folder
 from .pooling import pool_by_attention_mask
 from .sharding import whole_weights
 
@@ -29,6 +31,8 @@ def load_reward_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     base_model: str | os.PathLike | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """
@@ -36,13 +40,19 @@ def load_reward_model(
 
     Args:
         path_or_model_id (`str` or `os.PathLike`):
-            A saved sequence-classification model or adapter. Only safetensors files are read.
+            A saved sequence-classification model or adapter: a folder, an id on the Hub, or `owner/name/folder` for a
+            folder of a repository. Only safetensors files are read.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Dtype of the backbone; `"auto"` takes the checkpoint's. The head is fp32 whatever it is.
         device (`str` or `torch.device`, *optional*):
             Where to put the model.
         base_model (`str` or `os.PathLike`, *optional*):
-            Base of an adapter; by default the one its `adapter_config.json` names.
+            Base of an adapter; by default the one its `adapter_config.json` names, at the commit it names and
+            quantised as it was in training.
+        subfolder (`str`, *optional*):
+            Folder inside, such as `"reward"` of what [`PPOTrainer`] saved or pushed.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether a checkpoint may run code of its own.
 
@@ -51,9 +61,12 @@ def load_reward_model(
         ([`pool_by_attention_mask`]), with the aggregation it was trained with.
 
     Raises:
-        ValueError: if the files hold no trained head (huggingface/peft#1070), or not one score per text.
+        ValueError: if there are no such files, they hold no trained head (huggingface/peft#1070), or not one score per
+            text.
     """
     path = str(path_or_model_id)
+    if subfolder or revision or is_inside_repo(path):
+        path = local_folder(path, subfolder, revision)
     saved = _read_json(find_file(path, REWARD_FILE))
     if dtype == "auto" and "backbone_dtype" in saved:
         # The base that an adapter names may be stored in another dtype than the one it was trained on.
@@ -78,23 +91,49 @@ def load_reward_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def load_critic(path_or_model_id: str | os.PathLike, *, subfolder: str | None = "critic", **kwargs: Any) -> nn.Module:
+    """
+    Load the critic that [`PPOTrainer`] saved or pushed beside its policy.
+
+    Args:
+        path_or_model_id (`str` or `os.PathLike`):
+            Folder or id on the Hub of the policy.
+        subfolder (`str`, *optional*, defaults to `"critic"`):
+            Folder of the critic inside; `None` if the name is that of the critic itself.
+        kwargs:
+            As for [`load_reward_model`].
+
+    Returns:
+        `nn.Module`: a sequence classifier in eval mode. [`token_scores`] of it gives the value after every token,
+        `(B, T)` in fp32.
+
+    Raises:
+        ValueError: as [`load_reward_model`]; also for a policy that was trained without a critic.
+    """
+    return load_reward_model(path_or_model_id, subfolder=subfolder, **kwargs)
+
+
 def saved_aggregation(path: str) -> str:
     """How the reward model in `path` makes a score of its tokens; `"last"` where no file says."""
     return _read_json(find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
 
 
-def _load_classifier(path: str, dtype: str | torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, set[str]]:
+def _load_classifier(
+    path: str, dtype: str | torch.dtype, trust_remote_code: bool, revision: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, set[str]]:
     # Missing weights are judged by the caller; the library's own "newly initialized" report would be a false alarm
     # where an adapter brings the head.
     try:
         with _quiet_transformers():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
+                revision=revision,
                 num_labels=1,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
     except RuntimeError as error:
         if "size" not in str(error):
@@ -114,12 +153,20 @@ def _load_adapter(
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from peft import PeftModel
 
-    base_path = base_model or _read_json(config_file).get("base_model_name_or_path")
+    config = _read_json(config_file)
+    base_path = base_model or config.get("base_model_name_or_path")
+    revision = None if base_model else config.get("revision")
     if not base_path:
         raise ValueError(f"`base_model_name_or_path` is empty in {config_file!r}. Pass `base_model=`.")
+    options = {}
+    if find_file(str(base_path), "config.json", revision) is not None and base_model is None:
+        # Unless another base is asked for, the one that the adapter was trained on, rounded as it was.
+        base_config = AutoConfig.from_pretrained(base_path, revision=revision, trust_remote_code=trust_remote_code)
+        if quantization_of(base_config) is None:
+            options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
-    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code)
+    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
     head = read_head(path)
     foreign = {name for name in missing if not name.startswith("score.")}
     if foreign or (missing and not head):
@@ -183,6 +230,11 @@ def save_reward_config(folder: str | os.PathLike, aggregation: str, backbone_dty
         saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
     with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:
         json.dump(saved, file)
+
+
+def plain_dtype(base: PreTrainedModel) -> torch.dtype | None:
+    """Dtype of a backbone; `None` if it is quantised, where no dtype says how it computes."""
+    return None if getattr(base, "quantization_method", None) else base.dtype
 
 
 def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

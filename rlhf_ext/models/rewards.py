@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .hub import is_inside_repo, local_folder
 from .roles import REWARD, SCORE_AND_VALUE
 from .scoring import ModelReward, checked_reward, last_token_scores, load_reward_model
 
@@ -100,6 +101,7 @@ def resolve_rewards(
     resolved = []
     for func, tokenizer in zip(funcs, tokenizers, strict=True):
         if isinstance(func, str):
+            func = local_folder(func) if is_inside_repo(func) else func
             func = load_reward_model(func, dtype=torch.float32, trust_remote_code=trust_remote_code)
         if isinstance(func, nn.Module):
             name = getattr(func.config, "_name_or_path", "")

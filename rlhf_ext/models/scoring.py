@@ -9,7 +9,7 @@ from .pooling import (
     sum_token_scores,
     token_scores,
 )
-from .reward_checkpoints import load_reward_model
+from .reward_checkpoints import load_critic, load_reward_model
 from .reward_functions import ModelReward, checked_reward
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "checked_reward",
     "classifier_of",
     "last_token_scores",
+    "load_critic",
     "load_reward_model",
     "pool_by_attention_mask",
     "pooled_aggregation",

@@ -12,7 +12,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..models.adapters import check_adapter_weights, load_adapter_weights, save_scalar_adapter
 from ..models.checkpoints import CompleteCheckpointMixin
-from ..models.reward_checkpoints import load_weights
+from ..models.pooling import classifier_of
+from ..models.reward_checkpoints import load_weights, plain_dtype, save_reward_config
 from ..models.roles import CRITIC, POLICY, REFERENCE, REWARD, base_of
 from ..models.sharding import add_frozen
 
@@ -161,6 +162,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
             prefix = next(n for n, _ in self.model.named_modules() if n.split(".")[-1] == CRITIC) + "."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
             base.critic.save_pretrained(os.path.join(folder, CRITIC), state_dict=own)
+            save_reward_config(os.path.join(folder, CRITIC), "last", plain_dtype(classifier_of(base.critic)))
             self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
         for name in (CRITIC, REWARD):
             if getattr(base, f"{name}_head", None) is not None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from .hub import refuse_stored_token
+
 
 # Fields of the parent that would change the objective, the sampling distribution or the bookkeeping behind our back,
 # with the only value that composes and the reason. `tests/trainers/test_ppo_config.py` diffs the parent's fields
@@ -195,6 +197,7 @@ class PPOConfig(GRPOConfig):
             )
 
     def _check_own_fields(self) -> None:
+        refuse_stored_token(self.hub_token)
         choices = {
             "policy_objective": ("clip", "pg"),
             "advantage_estimator": ("gae", "returns", "leave_one_out"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
@@ -30,17 +31,19 @@ from ..functional.rewards import combine_scores
 from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context
 from ..models.generation import without_generation_defaults
+from ..models.hub import known_commit, with_base_revision
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, resolve_rewards
 from ..models.roles import CRITIC, checkpoint_context
 from ..models.scoring import ModelReward, checked_reward
 from .launch import check_launch, prepare_frozen, reset_reentrant
+from .ppo_card import PPOCardMixin
 from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 
 
-class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
+class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -116,6 +119,10 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, GRPOTrainer):
                 kwargs["quantization_config"] = quantization_config
             kwargs.setdefault("trust_remote_code", args.trust_remote_code)
             source, model = model, load_policy(model, in_pieces=peft_config is not None, **kwargs)
+            self.policy_source, revision = source, kwargs.get("revision")
+            if not isinstance(model, PeftModel):
+                self.base_revision = known_commit(source, revision)
+                peft_config = with_base_revision(peft_config, source, revision)
             args.model_init_kwargs = None
             if processing_class is None:
                 processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)

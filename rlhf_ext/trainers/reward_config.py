@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from ..models.pooling import AGGREGATIONS
+from .hub import refuse_stored_token
 
 
 @dataclass
@@ -95,6 +96,7 @@ class PreferenceRewardConfig(RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_stored_token(self.hub_token)
         if self.reward_aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"`reward_aggregation` is {self.reward_aggregation!r}; choose one of {list(AGGREGATIONS)}."

@@ -33,10 +33,12 @@ from ..data.preferences import (
 )
 from ..functional.candidates import arrange_rewards, candidates_loss, center_loss
 from ..models.checkpoints import CompleteCheckpointMixin
+from ..models.hub import known_commit, with_base_revision
 from ..models.pooling import classifier_of, pool_by_attention_mask
-from ..models.reward_checkpoints import save_reward_config, set_head
+from ..models.reward_checkpoints import plain_dtype, save_reward_config, set_head
 from ..models.sharding import whole_weights
 from .launch import check_launch, reset_reentrant
+from .reward_card import RewardCardMixin
 from .reward_config import PreferenceRewardConfig
 from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_config
 
@@ -44,7 +46,7 @@ from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_c
 logger = get_logger(__name__)
 
 
-class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
+class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTrainer):
     """
     Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
 
@@ -144,6 +146,8 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
                 model, revision=revision, trust_remote_code=options["trust_remote_code"]
             )
             head = checkpoint_head(model, revision)
+            self.base_revision = known_commit(model, revision)
+            peft_config = with_base_revision(peft_config, model, revision)
         else:
             config = model.config
             head = {
@@ -336,8 +340,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        base = classifier_of(self.model)
-        dtype = None if getattr(base, "quantization_method", None) else base.dtype
+        dtype = plain_dtype(classifier_of(self.model))
         save_reward_config(output_dir or self.args.output_dir, self.args.reward_aggregation, dtype)
 
 

@@ -1,11 +1,15 @@
 """Four roles on one quantised base: what is kept in float32 stays there, and everything starts where it should."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_ext.models.build import load_policy
+from rlhf_ext.models.merge import merge_adapters
+from rlhf_ext.models.scoring import token_scores
 from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.test_ppo_roles import (
@@ -20,12 +24,14 @@ from tests.trainers.test_ppo_roles import (
 )
 
 
+IDS = torch.tensor([[5, 6, 7, 8, 1], [9, 10, 11, 12, 13]])
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 QUANTISED = {
     "nf4": lambda: BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bf16": lambda: None,
+    "fp32": lambda: None,
 }
 
 
@@ -115,7 +121,6 @@ def test_adapters_move_at_the_learning_rates_of_ppo(tmp_path, folder, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
-    QUANTISED.setdefault("fp32", lambda: None)
     found = {}
     for checkpointing in (False, True):
         trainer = trainer_on(
@@ -137,7 +142,6 @@ def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 @pytest.mark.parametrize("from_folder", [True, False], ids=["folder", "instance"])
 def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_folder):
-    QUANTISED.setdefault("fp32", lambda: None)
     if from_folder:
         model = policy(folder, kind, "sft")
     else:
@@ -157,3 +161,32 @@ def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_f
     trainer.train()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
     assert abs(logged(trainer, "kl")[-1]) > 1e-4
+
+
+def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, caplog):
+    """PEFT's config does not, and on the base in full precision the adapter is another policy."""
+    trainer = trainer_on(tmp_path, folder, "nf4")
+    trainer.save_model(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="4-bit.*dequantize=True"):
+        merge_adapters([str(tmp_path / "saved")], str(tmp_path / "merged"))
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| quantisation of the base |" in card and "bnb_4bit_quant_type=nf4" in card
+    assert "--output_dir merged --dequantize`" in card
+    # The card's code loads policy, critic and reward model on a base that is rounded as in training.
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block.replace('repo = "out"', f'repo = "{tmp_path}/saved"'), names)
+    for role, model in (("critic", names["critic"]), ("reward", names["reward_model"])):
+        assert model.get_base_model().quantization_method == "bitsandbytes"
+        ids = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        with torch.no_grad():
+            torch.testing.assert_close(token_scores(model, **ids), trainer.model.eval()(**ids, role=role))
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(names["policy"](input_ids=IDS).logits, expected)
+    with caplog.at_level("WARNING"):
+        load_policy(str(tmp_path / "saved"))
+    assert "another policy" in caplog.text
+    trainer_on(tmp_path, folder, "fp32").save_model(str(tmp_path / "plain"))
+    merge_adapters([str(tmp_path / "plain")], str(tmp_path / "merged"))

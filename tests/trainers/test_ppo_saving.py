@@ -212,6 +212,7 @@ def test_saved_adapters_start_the_next_run(one_base, tmp_path):
     torch.testing.assert_close(outputs(following, "reward"), outputs(trainer, "reward"), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(following.model), logits(trainer.model))
     following.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "ref").is_dir(), "merging tells by it that the adapter went on from another"
     policy = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "saved"))
     torch.testing.assert_close(logits(policy), logits(trainer.model))
 

@@ -1,0 +1,80 @@
+"""One name for a folder on disk, a repository on the Hub, and a folder inside such a repository."""
+
+import copy
+import os
+import re
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftConfig
+
+
+# What a model, an adapter or a tokenizer is made of. No pickles: only safetensors files are read.
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def is_inside_repo(name: str) -> bool:
+    """Whether `name` has the form `owner/name/folder`, which no id of a repository has, and is no folder here."""
+    parts = name.split("/")
+    return len(parts) > 2 and all(parts) and parts[0] not in (".", "..", "~") and not os.path.isdir(name)
+
+
+def local_folder(name: str | os.PathLike, subfolder: str | None = None, revision: str | None = None) -> str:
+    """The folder on disk that `name` means, fetched from the Hub if it has to be.
+
+    Args:
+        name (`str` or `os.PathLike`):
+            A folder, the id of a repository, or `owner/name/folder` for a folder in one.
+        subfolder (`str`, *optional*):
+            Folder inside `name`, such as `"critic"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: there is no such folder, here or on the Hub.
+    """
+    path = str(name)
+    if os.path.isdir(path):
+        folder = os.path.join(path, subfolder) if subfolder else path
+        if not os.path.isdir(folder):
+            raise ValueError(f"{path!r} has no folder {subfolder!r}. It holds {sorted(os.listdir(path))[:20]}.")
+        return folder
+    if os.path.isabs(path) or path.startswith((".", "~")):
+        raise ValueError(f"{path!r} is no folder. Give a folder or an id on the Hub.")
+    parts = path.split("/") if is_inside_repo(path) else [path]
+    repo_id = "/".join(parts[:2])
+    inside = "/".join(part for part in (*parts[2:], subfolder) if part)
+    wanted = [f"{inside}/{pattern}" for pattern in _FILES] if inside else list(_FILES)
+    try:
+        root = snapshot_download(
+            repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=None if inside else ["*/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        what = f"{path!r} is no folder here, and {repo_id!r} could not be read from the Hub"
+        raise ValueError(f"{what} ({type(error).__name__}: {error}). Give a folder or an id that exists.") from error
+    folder = os.path.join(root, inside)
+    if not os.path.isdir(folder):
+        raise ValueError(f"The repository {repo_id!r} has no folder {inside!r} with {', '.join(_FILES[:2])} in it.")
+    return folder
+
+
+def known_commit(name: str | None, revision: str | None = None) -> str | None:
+    """The commit of a repository that was loaded from the Hub; `None` for a folder. Looks into the cache only."""
+    if not name or os.path.isdir(name):
+        return None
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    found = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", cached) if isinstance(cached, str) else None
+    return found.group(1) if found else None
+
+
+def with_base_revision(config: PeftConfig | None, name: str, revision: str | None = None) -> PeftConfig | None:
+    """A copy of an adapter's config that names the commit of its base, so that it loads on the weights it grew on."""
+    commit = known_commit(name, revision)
+    if config is None or commit is None:
+        return config
+    config = copy.copy(config)
+    config.revision = commit
+    return config
