@@ -18,12 +18,44 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="seed of data, models and sampling (default: 0)")
     quickstart.add_argument("--num_updates", type=int, help="PPO updates; a small number only checks the set-up")
     quickstart.add_argument("--label_error_rate", type=float, help="share of labels drawn at random (default: 0)")
+    env = commands.add_parser(
+        "env",
+        help="versions, devices, and whether a PPO run fits the card",
+        description="Print the stack; with --config, plan the memory of a PPO run and end with 1 if it does not fit.",
+    )
+    env.add_argument("--config", help="YAML of recipes/ppo.py")
+    env.add_argument("--model_config", help="config.json or its folder, instead of the model that the YAML names")
+    env.add_argument("--card_gb", type=float, help="GiB of one device (default: the card here, or the YAML's)")
+    env.add_argument("--num_processes", type=int, default=1, help="number of processes (default: 1)")
+    env.add_argument(
+        "--sharding",
+        default="none",
+        choices=["none", "ddp", "zero2", "zero3", "fsdp2"],
+        help="how the processes share what they hold (default: none)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = build_parser().parse_args(argv)
+    return {"quickstart": _quickstart, "env": _env}[args.command](args)
+
+
+def _env(args: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from .pipelines.environment import run_environment
+
+    try:
+        run_environment(args.config, args.model_config, args.card_gb, args.num_processes, args.sharding)
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext env: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
     if args.num_updates is not None and args.num_updates < 1:
         raise SystemExit(f"rlhf-ext: --num_updates is {args.num_updates}; give 1 or more")
     # Nothing here needs the Hub, and TRL would report its use from a trainer's constructor.
