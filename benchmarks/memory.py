@@ -133,11 +133,16 @@ def run(arm: Arm, folder: Path) -> dict[str, Any]:
     from rlhf_ext.models import memory, memory_plan, reward_functions  # noqa: F401
 
     torch.set_num_threads(1)
+    # Much is imported, and many pools are made, on first use: a tiny run brings them in before the count begins.
+    tiny = replace(arm, hidden=64, layers=1, model=None, rows=1, steps_per_generation=1, accumulation=1)
+    trainer, _ = build(tiny, folder / "tiny")
+    trainer.train()
+    del trainer
+    release()
     meter = memory.PeakMemory()
     baseline = meter.now()
     trainer, shape = build(arm, folder)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release()
     built = meter.now() - baseline
     meter.reset()
     trainer.train()
@@ -159,6 +164,21 @@ def run(arm: Arm, folder: Path) -> dict[str, Any]:
         plan = memory_plan.plan_memory(shape)
         numbers |= {"planned": plan.peak, "phase": plan.peak_phase, "parts": plan.parts}
     return numbers
+
+
+def release() -> None:
+    """Give what is free back to the system."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def off_the_file(model: Any) -> Any:
+    """Copy what is still a view of the mapped checkpoint: its pages would count as this process's, those of quantised
+    weights too, for as long as one tensor is left on it. On a GPU nothing stays on it."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
@@ -189,7 +209,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
     reward_lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
 
     def classifier() -> Any:
-        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **loading)
+        model = off_the_file(AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **loading))
         model.score.float()
         return model
 
@@ -216,7 +236,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
         disable_tqdm=True,
     )
     rows = Dataset.from_dict({"prompt": [" ".join(WORDS[i % 8 : i % 8 + arm.prompt]) for i in range(64)]})
-    prompt = max(len(ids) for ids in tokenizer(rows["prompt"])["input_ids"])
+    prompt = max(len(ids) for ids in tokenizer(list(rows["prompt"]))["input_ids"])
     kwargs: dict[str, Any] = {"reward_adapter": str(adapter)}
     if not arm.lora:
         kwargs = {"reward_funcs": classifier()}
@@ -224,7 +244,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
         model = PeftModel.from_pretrained(classifier(), adapter).eval().requires_grad_(False)
         reward = ModelReward(model, tokenizer, tokenizer, batch_size=arm.rows)
         kwargs = {"reward_funcs": reward, "critic": PeftModel.from_pretrained(classifier(), adapter)}
-    policy = load_policy(source, **loading)
+    policy = off_the_file(load_policy(source, **loading))
     critic = kwargs.pop("critic", None)
     if critic is not None:
         args.critic = "model"
@@ -239,7 +259,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
     )
     if arm.copies:
         # With adapters ours is the base without them; here it is a model of its own, as elsewhere.
-        trainer.reference = load_policy(source, **loading).requires_grad_(False)
+        trainer.reference = off_the_file(load_policy(source, **loading)).requires_grad_(False)
         add_fused_lm_head(trainer.reference, temperature=trainer.temperature)
         count_positions_from_mask(trainer.reference.base_model)
         return trainer, None
