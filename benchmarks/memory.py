@@ -45,8 +45,8 @@ class Arm:
     rows: int = 4
     steps_per_generation: int = 2
     accumulation: int = 2
-    prompt: int = 16
-    completion: int = 32
+    prompt: int = 24
+    completion: int = 24
     model: str | None = None
 
 
@@ -134,7 +134,7 @@ def run(arm: Arm, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     # Much is imported, and many pools are made, on first use: a tiny run brings them in before the count begins.
-    tiny = replace(arm, hidden=64, layers=1, model=None, rows=1, steps_per_generation=1, accumulation=1)
+    tiny = replace(arm, hidden=256, layers=1, model=None, rows=1, steps_per_generation=1, accumulation=1)
     trainer, _ = build(tiny, folder / "tiny")
     trainer.train()
     del trainer
@@ -214,7 +214,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
         return model
 
     adapter = folder / "reward"
-    if arm.lora and not adapter.exists():
+    if arm.lora:
         plain = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
         reward_lora.modules_to_save = ["score"]
         get_peft_model(plain, reward_lora).save_pretrained(adapter)

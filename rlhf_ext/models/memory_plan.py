@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from peft import PeftModel
+from torch import nn
 
 from .memory import gib
 from .memory_shape import (
@@ -94,6 +95,31 @@ class MemoryPlan:
             )
 
 
+def count_parts(shape: RunShape, model: nn.Module, quantized: set[str]) -> dict[str, int]:
+    """What the shapes alone say, in bytes of one process alone; `model` and `quantized` of [`build_on_meta`]."""
+    sizes = [(name, bytes_of(name, p, quantized, shape.quantization)) for name, p in model.named_parameters()]
+    owned = {owner: sum(size for name, size in sizes if owner_of(name) == owner) for owner in (CRITIC, "adapters")}
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = shape.rollout * (shape.prompt_length + shape.completion_length)
+    base = sum(size for _, size in sizes) - sum(owned.values()) + buffers
+    return {
+        "base": base,
+        "reference": base if shape.reference == "copy" else 0,
+        "critic model": owned[CRITIC],
+        "reward model": sum(classifier_bytes(config) for config in shape.reward_configs),
+        "adapters, heads": owned["adapters"],
+        "gradients": 4 * trained,
+        "optimizer": math.ceil(trained * OPTIMIZER_BYTES[shape.optim]),
+        # Torch's AdamW without `fused` makes lists of temporaries as large as the parameters on a GPU.
+        "optimizer workspace": 4 * trained if (shape.optim, shape.device) == ("adamw_torch", "cuda") else 0,
+        "cache": cache_bytes(shape),
+        "sampling": decode_workspace(shape),
+        # Ids and masks of whole rows, six numbers per sampled token, and the same once more while they are shuffled.
+        "rollout tensors": 2 * (tokens * 2 * 8 + shape.rollout * shape.completion_length * 6 * 4),
+    }
+
+
 def plan_memory(shape: RunShape) -> MemoryPlan:
     """Add up what one process of the run holds.
 
@@ -102,26 +128,8 @@ def plan_memory(shape: RunShape) -> MemoryPlan:
     """
     model, quantized = build_on_meta(shape)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    sizes = [(name, bytes_of(name, p, quantized, shape.quantization), p) for name, p in model.named_parameters()]
-    owned = {owner: sum(size for name, size, _ in sizes if owner_of(name) == owner) for owner in (CRITIC, "adapters")}
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = shape.rollout * (shape.prompt_length + shape.completion_length)
-    parts = {
-        "base": sum(size for _, size, _ in sizes) - sum(owned.values()) + buffers,
-        "reference": 0,
-        "critic model": owned[CRITIC],
-        "reward model": sum(classifier_bytes(config) for config in shape.reward_configs),
-        "adapters, heads": owned["adapters"],
-        "optimizer": math.ceil(trained * OPTIMIZER_BYTES[shape.optim]),
-        "cache": cache_bytes(shape),
-        "rollout tensors": 2 * (rows * 2 * 8 + shape.rollout * shape.completion_length * 6 * 4),
-    }
-    if shape.reference == "copy":
-        parts["reference"] = parts["base"]
-    # Torch's AdamW without `fused` makes lists of temporaries as large as the parameters on a GPU.
-    parts["optimizer workspace"] = 4 * trained if (shape.optim, shape.device) == ("adamw_torch", "cuda") else 0
-    layer = max(layer_bytes(base, quantized, shape.quantization))
+    parts = count_parts(shape, model, quantized)
+    layer = max(layer_bytes(base))
     traced = trace_activations(
         model,
         quantized=quantized,
@@ -136,13 +144,11 @@ def plan_memory(shape: RunShape) -> MemoryPlan:
         device=shape.device,
     )
     parts |= {
-        "gradients": 4 * trained,
         # Without accumulation the first micro-batch starts from none, and few are there when activations are most.
-        "gradients so far": 4 * trained if shape.accumulates else traced.gradients,
+        "gradients so far": parts["gradients"] if shape.accumulates else traced.gradients,
         "activations": traced.update,
         "scoring": traced.scoring,
         "prompts": traced.prefill,
-        "sampling": decode_workspace(shape),
     }
     _share(parts, shape, layer)
     resident = ["base", "reference", "critic model", "reward model", "adapters, heads", "optimizer"]

@@ -1,5 +1,6 @@
 """A PPO run's models on the meta device, without data, and the bytes that their shapes come to."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from .roles import CRITIC, POLICY, REFERENCE, REWARD
@@ -100,14 +102,14 @@ def build_on_meta(shape: RunShape) -> tuple[nn.Module, set[str]]:
         quantized = quantized_layers(base) if shape.quantization is not None else set()
         model: nn.Module = base
         if shape.lora is not None:
-            model = get_peft_model(base, shape.lora, adapter_name=POLICY)
+            model = get_peft_model(base, copy.deepcopy(shape.lora), adapter_name=POLICY)  # PEFT writes into it
             others = {REFERENCE: shape.lora} if shape.reference == "adapter" else {}
             if shape.reward_lora is not None:
                 others |= {REWARD: shape.reward_lora} | (
                     {CRITIC: shape.reward_lora} if shape.critic == "adapter" else {}
                 )
             for name, config in others.items():
-                model.add_adapter(name, config)
+                model.add_adapter(name, copy.deepcopy(config))
             for name, parameter in model.named_parameters():
                 trains = f".{POLICY}." in name or f".{CRITIC}." in name
                 parameter.requires_grad_(".lora_" in name and trains)
@@ -135,7 +137,7 @@ def classifier_bytes(config: PretrainedConfig) -> int:
 def quantized_layers(base: PreTrainedModel) -> set[str]:
     """Linear layers that bitsandbytes takes: all but the output head and what is tied to it (transformers decides)."""
     kept = get_keys_to_not_convert(base)
-    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return {name for name in linear if not any(name == key or name.startswith(f"{key}.") for key in kept)}
 
 
@@ -187,7 +189,7 @@ def owner_of(name: str) -> str | None:
     return CRITIC if CRITIC in parts else None
 
 
-def layer_bytes(base: nn.Module, quantized: set[str], config: BitsAndBytesConfig | None) -> Iterator[int]:
+def layer_bytes(base: nn.Module) -> Iterator[int]:
     """Bytes of each decoder layer, and of the embeddings and the head: what is gathered at a time."""
     modules = [base.get_input_embeddings(), base.get_output_embeddings()]
     lists = [m for m in base.base_model.modules() if isinstance(m, nn.ModuleList)]

@@ -6,7 +6,6 @@ What fake tensors cannot show is put in by size: the tiles of TRL's chunked log-
 bitsandbytes restores for the length of one product.
 """
 
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from .roles import CRITIC, RoleSwitch, base_of, checkpoint_context
 
@@ -65,17 +65,17 @@ class _Restored(torch.autograd.Function):
     """Product with a frozen quantised weight: it is restored to `dtype` for the product, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, size: torch.Size, dtype: torch.dtype, copies: int) -> torch.Tensor:
-        ctx.size, ctx.dtype, ctx.copies, ctx.width = size, dtype, copies, x.shape[-1]
-        weight = torch.empty(size, dtype=dtype)
-        out = torch.empty(*x.shape[:-1], size[0], dtype=x.dtype)
+    def forward(ctx: Any, x: torch.Tensor, width: int, dtype: torch.dtype, copies: int) -> torch.Tensor:
+        ctx.size, ctx.dtype, ctx.copies = (width, x.shape[-1]), dtype, copies
+        weight = torch.empty(ctx.size, dtype=dtype)
+        out = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
         del weight
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         weights = [torch.empty(ctx.size, dtype=ctx.dtype) for _ in range(ctx.copies)]
-        out = torch.empty(*grad.shape[:-1], ctx.width, dtype=grad.dtype)
+        out = torch.empty(*grad.shape[:-1], ctx.size[1], dtype=grad.dtype)
         del weights
         return out, None, None, None
 
@@ -258,10 +258,11 @@ def _to_fake(model: nn.Module) -> None:
 
 def _restore_weights(base: nn.Module, quantized: set[str], dtype: torch.dtype) -> None:
     for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and name.replace(".base_layer", "") in quantized:
+        if isinstance(module, (nn.Linear, Conv1D)) and name.replace(".base_layer", "") in quantized:
+            width = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
             copies = 1 if module.weight.dtype == dtype else 2  # restored to the loaded dtype, then converted
 
-            def forward(self: nn.Linear, x: torch.Tensor, copies: int = copies) -> torch.Tensor:
-                return _Restored.apply(x, self.weight.shape, dtype, copies)
+            def forward(x: torch.Tensor, width: int = width, copies: int = copies) -> torch.Tensor:
+                return _Restored.apply(x, width, dtype, copies)
 
-            module.forward = types.MethodType(forward, module)
+            module.forward = forward
