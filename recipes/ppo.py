@@ -31,6 +31,8 @@ from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
+from rlhf_ext.pipelines.environment import plan_or_none
+from rlhf_ext.trainers.memory_callback import MemoryCallback
 
 
 def import_function(name: str) -> Callable:
@@ -75,6 +77,14 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
     # Build and train
     rewards = [script_args.reward_model_path] if script_args.reward_model_path else []
     rewards += [import_function(name) for name in script_args.reward_funcs or []]
+    plan = plan_or_none(
+        script_args,
+        training_args,
+        model_args,
+        training_args.device.type,
+        prompt_length=max(summary.prompt_tokens["max"] for summary in summaries.values()),
+    )
+    memory = MemoryCallback(training_args.device, plan)  # before the models, which it measures
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=rewards,
@@ -84,9 +94,11 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[memory],
         critic_model=script_args.critic_model_path,
         reward_adapter=script_args.reward_adapter_path,
     )
+    memory.watch(trainer)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -133,6 +133,8 @@ def run_shape(
     if starts_from_adapter:
         lora = PeftConfig.from_pretrained(source)
         source = lora.base_model_name_or_path
+        if source is None and model_config is None:
+            raise ValueError(f"The adapter {model_args.model_name_or_path!r} names no base. Give `--model_config`.")
     config = read_config(model_config or source, trust)
 
     def other(path: str | None) -> PretrainedConfig:

@@ -20,26 +20,26 @@ class MemoryCallback(TrainerCallback):
     """
     Measures what a PPO run holds, prints it beside the plan and writes `memory.json` to the output folder.
 
-    Weights, adapters, gradients, optimizer and cache are bytes of unique storages. Activations are the highest rise of
-    an update above what was held when it began, without gradients and optimizer state. The peak is that of the
-    device while training; on a CPU, of the process, less what it held when this callback was made: make it before
-    the models.
+    Weights, adapters, gradients, optimizer and cache are bytes of unique storages, each at its largest. Activations
+    are the highest rise of a micro-batch's update above what was held when it began. The peak is that of the device
+    while training; on a CPU it is the process's, less what that held when this callback was made: make it before the
+    models. There it also has what is imported late (some 60 MiB) and blocks that the allocator keeps.
 
     Args:
+        device (`str` or `torch.device`):
+            Device of the run.
         plan ([`~rlhf_ext.models.memory_plan.MemoryPlan`], *optional*):
             What was planned; `None` leaves the column out.
-        device (`str`, *optional*, defaults to `"cpu"`):
-            Device of the run.
     """
 
-    def __init__(self, plan: MemoryPlan | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str, plan: MemoryPlan | None = None):
         self.plan = plan
         self.meter = PeakMemory(device)
         self.baseline = 0 if self.meter.device.type == "cuda" else self.meter.now()
         self.measured = dict.fromkeys(ROWS, 0)
         self._others: list[nn.Module] = []
         self._before: int | None = None  # held when an update began; None outside of one
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def watch(self, trainer: Any) -> None:
         """Count a reference and reward models that are models of their own among the weights of `trainer`'s run."""
@@ -49,18 +49,20 @@ class MemoryCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs: Any) -> None:
         self.meter.reset()
-        self._hook = base_of(model).register_forward_hook(self._after_forward, with_kwargs=True)
-        self._pre_hook = base_of(model).register_forward_pre_hook(self._before_forward)
+        base = base_of(model)
+        self._hooks = [
+            base.register_forward_pre_hook(self._before_forward),
+            base.register_forward_hook(self._after_forward),
+        ]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         # The first forward with gradients after a rollout, or after a step, begins an update.
         if torch.is_grad_enabled() and self._before is None:
             self._keep("peak", self.meter.peak() - self.baseline)
-            self._gradients = gradient_bytes(module)
             self._before = self.meter.now()
             self.meter.reset()
 
-    def _after_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
         if cache is not None:
             self._keep("cache", cache_bytes(cache))
@@ -89,7 +91,7 @@ class MemoryCallback(TrainerCallback):
         self.measured[name] = max(self.measured[name], size)
 
     def on_train_end(self, args, state, control, model: nn.Module | None = None, **kwargs: Any) -> None:
-        for hook in (self._hook, self._pre_hook):
+        for hook in self._hooks:
             hook.remove()
         owners = model_bytes(model)
         small = sum(size for owner, size in owners.items() if owner.startswith("adapter") or owner == "heads")
