@@ -99,40 +99,48 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-NOTES = [
-    "Resident memory of the process while it trains two steps, less what it held after its imports and a tiny run. "
-    "Both arms: NF4 with double quantisation, LoRA r=16 on every linear layer for what trains, fp32 AdamW, gradient "
-    "checkpointing, one optimizer step per rollout of 4 rows in micro-batches of 2. `four NF4 models`: policy, "
-    "reference, critic and reward model each on a quantised base of its own.",
-    "On a CPU with AVX512-BF16 bitsandbytes unpacks the scales of a model in evaluation mode, here the reward model "
-    "that stands alone; that is part of the four models.",
-]
+MEASURED = (
+    "Resident memory of the process while it trains two steps, less what it held after its imports and a tiny run."
+)
+NOTES = {
+    "Plan and measured peak, MiB": MEASURED + " LoRA r=16 on every linear layer, fp32 AdamW, micro-batches of 4 rows "
+    "of 48 tokens, with checkpointing 8; NF4 with double quantisation.",
+    "One base against four models, MiB": MEASURED + " Both arms: NF4 with double quantisation, LoRA r=16 on every "
+    "linear layer of what trains, fp32 AdamW, checkpointing, one optimizer step per rollout of 4 rows in "
+    "micro-batches of 2. Four models: policy, reference, critic and reward model, each on a quantised base of its own. The reward "
+    "model is in evaluation mode, where bitsandbytes repacks it on a CPU with AVX512-BF16.",
+}
 
 
 def result(measured: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """What `benchmarks/results.py` renders: MiB, one row per arm."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    rows, mib = [], 2**20
-    for name, numbers in measured.items():
-        planned = numbers.get("planned")
-        rows.append(
-            [
-                numbers["what"],
-                *(round(numbers[key] / mib, 1) for key in ("weights", "optimizer", "peak")),
-                None if planned is None else round(planned / mib, 1),
-                None if planned is None else f"{planned / numbers['peak'] - 1:+.1%}",
-                f"{numbers['peak'] / measured['four_copies']['peak']:.3f}" if name == "one_base" else None,
-            ]
-        )
-    model = f" --model {arguments.model}" if arguments.model else ""
+    against, mib = "four_copies" in measured, 2**20
+    rows = []
+    for numbers in measured.values():
+        row = [numbers["what"], *(round(numbers[key] / mib, 1) for key in ("weights", "optimizer", "peak"))]
+        if "planned" in numbers:
+            row += [round(numbers["planned"] / mib, 1), f"{numbers['planned'] / numbers['peak'] - 1:+.1%}"]
+        else:
+            row += [None, None]
+        if against:
+            row.append(f"{numbers['peak'] / measured['four_copies']['peak']:.3f}")
+        rows.append(row)
+    title = list(NOTES)[against]
+    line = f"python benchmarks/memory.py --output_dir {arguments.output_dir}"
+    if arguments.model:
+        line += " --model MODEL"
+    if arguments.arms != ["one_base", "four_copies"]:
+        line += f" --arms {' '.join(arguments.arms)}"
     return {
-        "title": "Memory of one PPO step, MiB",
-        "command": f"python benchmarks/memory.py --output_dir {arguments.output_dir}{model}",
+        "title": f"{Path(arguments.model).name}: {title}" if arguments.model else title,
+        "command": line,
         "commit": commit.strip(),
         "seed": 42,
-        "columns": ["arm", "weights", "optimizer", "peak", "planned peak", "plan / peak", "peak / four models"],
+        "columns": ["run", "weights", "optimizer", "peak", "planned peak", "plan against peak"]
+        + (["peak / four models"] if against else []),
         "rows": rows,
-        "notes": NOTES,
+        "notes": NOTES[title],
     }
 
 
