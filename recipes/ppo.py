@@ -20,68 +20,19 @@ reference, reward and critic on one base. A Python reward has TRL's signature an
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlhf_ext import PPOConfig, PPOTrainer
-from rlhf_ext.data.arguments import DataArguments, load_splits
+from rlhf_ext.data.arguments import PromptArguments as ScriptArguments
+from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
-
-
-@dataclass
-class ScriptArguments(DataArguments):
-    """
-    Data, and where the rewards come from.
-
-    Parameters:
-        reward_model_path (`str`, *optional*):
-            Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own.
-        reward_funcs (`list[str]`, *optional*):
-            Python rewards as `module:function`; the working directory is on the path.
-        reward_adapter_path (`str`, *optional*):
-            Folder of a reward adapter trained on the policy's base.
-        critic_model_path (`str`, *optional*):
-            Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
-        max_prompt_length (`int`, *optional*):
-            Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is an error.
-    """
-
-    reward_model_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own."},
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Python rewards as `module:function`; the working directory is on the path."},
-    )
-    reward_adapter_path: str | None = field(
-        default=None, metadata={"help": "Folder of a reward adapter trained on the policy's base."}
-    )
-    critic_model_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."},
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is "
-            "an error."
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.reward_funcs, str):  # a single name in a YAML
-            self.reward_funcs = [self.reward_funcs]
-        if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path):
-            raise ValueError(
-                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give one."
-            )
+from rlhf_ext.pipelines.environment import plan_or_none
+from rlhf_ext.trainers.memory_callback import MemoryCallback
 
 
 def import_function(name: str) -> Callable:
@@ -126,6 +77,14 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
     # Build and train
     rewards = [script_args.reward_model_path] if script_args.reward_model_path else []
     rewards += [import_function(name) for name in script_args.reward_funcs or []]
+    plan = plan_or_none(
+        script_args,
+        training_args,
+        model_args,
+        training_args.device.type,
+        prompt_length=max(summary.prompt_tokens["max"] for summary in summaries.values()),
+    )
+    memory = MemoryCallback(training_args.device, plan)  # before the models, which it measures
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=rewards,
@@ -135,9 +94,11 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[memory],
         critic_model=script_args.critic_model_path,
         reward_adapter=script_args.reward_adapter_path,
     )
+    memory.watch(trainer)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -41,6 +41,21 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="merge a quantised base as the full weights it computes with",
     )
+    env = commands.add_parser(
+        "env",
+        help="versions, devices, and whether a PPO run fits the card",
+        description="Print the stack; with --config, plan the memory of a PPO run and end with 1 if it does not fit.",
+    )
+    env.add_argument("--config", help="YAML of recipes/ppo.py")
+    env.add_argument("--model_config", help="config.json or its folder, instead of the model that the YAML names")
+    env.add_argument("--card_gb", type=float, help="GiB of one device (default: the card here, or the YAML's)")
+    env.add_argument("--num_processes", type=int, default=1, help="number of processes (default: 1)")
+    env.add_argument(
+        "--sharding",
+        default="none",
+        choices=["none", "ddp", "zero2", "zero3", "fsdp2"],
+        help="how the processes share what they hold (default: none)",
+    )
     return parser
 
 
@@ -49,7 +64,18 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    return {"quickstart": _quickstart, "merge": _merge}[args.command](args)
+    return {"quickstart": _quickstart, "merge": _merge, "env": _env}[args.command](args)
+
+
+def _env(args: argparse.Namespace) -> int:
+    from .pipelines.environment import run_environment
+
+    try:
+        run_environment(args.config, args.model_config, args.card_gb, args.num_processes, args.sharding)
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext env: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _quickstart(args: argparse.Namespace) -> int:

@@ -25,6 +25,13 @@ SURFACE = {
         "--dtype": (None, None),
         "--dequantize": (False, None),
     },
+    "env": {
+        "--config": (None, None),
+        "--model_config": (None, None),
+        "--card_gb": (None, float),
+        "--num_processes": (1, int),
+        "--sharding": ("none", None),
+    },
 }
 
 
@@ -86,6 +93,23 @@ def test_arguments_reach_the_pipeline(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlhf_ext.pipelines.quickstart", stand_in)
     assert cli.main(["quickstart", "--output_dir", "x", "--seed", "7", "--num_updates", "2"]) == 0
     assert seen["args"] == ("x", 7, {"num_updates": 2, "label_error_rate": None})
+
+
+def test_env_arguments_reach_the_pipeline(monkeypatch, capsys):
+    seen = {}
+    stand_in = type(sys)("environment")
+    stand_in.run_environment = lambda *args: seen.update(args=args)
+    monkeypatch.setitem(sys.modules, "rlhf_ext.pipelines.environment", stand_in)
+    flags = ["--config", "a.yaml", "--model_config", "m", "--card_gb", "24", "--num_processes", "8"]
+    assert cli.main(["env", *flags, "--sharding", "fsdp2"]) == 0
+    assert seen["args"] == ("a.yaml", "m", 24.0, 8, "fsdp2")
+
+    def refuse(*args):
+        raise ValueError("The plan needs more.")
+
+    stand_in.run_environment = refuse
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().err == "rlhf-ext env: The plan needs more.\n"
 
 
 def test_the_command_is_installed_under_its_name():

@@ -103,6 +103,10 @@ def test_ppo_recipe(world, tmp_path):
     assert "PPO" in (tmp_path / "out" / "README.md").read_text()
     assert "Completion" in process.stdout + process.stderr  # the completions table
     assert list((tmp_path / "out" / "completions").glob("*.parquet"))
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert memory["measured"].keys() == memory["planned"].keys()
+    assert memory["measured"]["gradients"] == memory["planned"]["gradients"] > 0
+    assert "memory" in process.stdout and "measured" in process.stdout
     pushed = hub.files("tester/recipe")
     assert {"model.safetensors", "critic/model.safetensors", "training_curves.png"} <= set(pushed)
     assert pushed["README.md"] == (tmp_path / "out" / "README.md").read_bytes()

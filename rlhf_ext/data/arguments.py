@@ -63,6 +63,57 @@ class DataArguments:
             raise ValueError(f"`max_rows` is {self.max_rows}; it is at least 1, or unset for all rows.")
 
 
+@dataclass
+class PromptArguments(DataArguments):
+    """
+    Which prompts the PPO recipe trains on, and where the rewards come from. `rlhf-ext env` reads the same flags.
+
+    Parameters:
+        reward_model_path (`str`, *optional*):
+            Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own.
+        reward_funcs (`list[str]`, *optional*):
+            Python rewards as `module:function`; the working directory is on the path.
+        reward_adapter_path (`str`, *optional*):
+            Folder of a reward adapter trained on the policy's base.
+        critic_model_path (`str`, *optional*):
+            Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
+        max_prompt_length (`int`, *optional*):
+            Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is an error.
+    """
+
+    reward_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a reward model that stands alone; it may have a tokenizer of its own."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Python rewards as `module:function`; the working directory is on the path."},
+    )
+    reward_adapter_path: str | None = field(
+        default=None, metadata={"help": "Folder of a reward adapter trained on the policy's base."}
+    )
+    critic_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is "
+            "an error."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.reward_funcs, str):  # a single name in a YAML
+            self.reward_funcs = [self.reward_funcs]
+        if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path):
+            raise ValueError(
+                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give one."
+            )
+
+
 def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tuple[Dataset, Dataset | None]:
     """
     Load what `arguments` name.
