@@ -107,7 +107,7 @@ NOTES = {
     "of 48 tokens, with checkpointing 8; NF4 with double quantisation.",
     "One base against four models, MiB": MEASURED + " Both arms: NF4 with double quantisation, LoRA r=16 on every "
     "linear layer of what trains, fp32 AdamW, checkpointing, one optimizer step per rollout of 4 rows in "
-    "micro-batches of 2. Four models: policy, reference, critic and reward model, each on a quantised base of its own. "
+    "micro-batches of 2. Four models: policy, reference, critic and reward model, each on its own quantised base. "
     "The reward model is in evaluation mode, where bitsandbytes repacks it on a CPU with AVX512-BF16.",
 }
 
