@@ -42,14 +42,18 @@ class RolloutMixin:
         logps = batch.get("old_per_token_logps")
         logps = self._logps(self.model, batch, mode) if logps is None else logps
         rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
-        rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
+        if self.args.policy_objective == "penalty":
+            rollout["old_hidden"] = self._take_hidden(batch)
+            self._remember_head(mode)
+        charged = rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
         if self.args.kl_coef > 0:
-            rollout["kl"] = torch.where(
-                mask, estimate_kl(logps, self._reference_logps(batch, mode), estimator="k1"), 0.0
-            )
+            reference = self._reference_logps(batch, mode)
+            # What is logged, and moves the controller, is k1 whatever the reward is charged with.
+            rollout["kl"] = torch.where(mask, estimate_kl(logps, reference, estimator="k1"), 0.0)
+            charged = torch.where(mask, estimate_kl(logps, reference, estimator=self.args.kl_estimator), 0.0)
         scored = ~rollout["scores"].isnan()
         rollout["rewards"] = shape_rewards(
-            torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
+            torch.where(scored, rollout["scores"], 0.0), charged, mask, kl_coef=self.kl_coef
         )
         rollout["raw_rewards"] = rollout["rewards"]
         # A row without a score teaches nothing, not even through the moments.
@@ -139,6 +143,8 @@ class RolloutMixin:
             if self.args.kl_coef > 0 or name not in ("kl", "kl_per_token"):  # without a reference there is no KL
                 metrics[name].append(value.item())
         metrics["kl_coef"].append(self.kl_coef)
+        if self.args.policy_objective == "penalty":
+            metrics["policy/penalty_coef"].append(self.penalty_coef)
         # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
         metrics.pop("frac_reward_zero_std", None)
         per_row = row_means(everywhere["advantages"], everywhere["mask"])
