@@ -41,11 +41,11 @@ class RolloutMixin:
         rollout = {"mask": mask, "scores": self._own_rows(scores, len(mask))}
         logps = batch.get("old_per_token_logps")
         logps = self._logps(self.model, batch, mode) if logps is None else logps
-        rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
+        rollout["old_per_token_logps"] = torch.where(mask, self._old_logps(batch, logps, mode), 0.0)
         if self.args.policy_objective == "penalty":
             rollout["old_hidden"] = self._take_hidden(batch)
             self._remember_head(mode)
-        charged = rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
+        charged = rollout["kl"] = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
         if self.args.kl_coef > 0:
             reference = self._reference_logps(batch, mode)
             # What is logged, and moves the controller, is k1 whatever the reward is charged with.
@@ -72,6 +72,10 @@ class RolloutMixin:
         if "values" in rollout:
             rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
         return rollout
+
+    def _old_logps(self, batch: dict[str, torch.Tensor], raw: torch.Tensor, mode: str) -> torch.Tensor:
+        """`(B, C)` log-probabilities that the ratio is taken of: the raw ones of the policy, unless it is masked."""
+        return raw
 
     def _logps(self, model, batch, mode):
         ids, mask = whole_rows(batch)

@@ -161,6 +161,7 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, GRPOTrainer):
             reward_adapter=reward_adapter,
             peft_config=peft_config,
             keep_reference=args.kl_coef > 0,
+            keep_target=getattr(args, "mask_top_p", 1.0) < 1.0,
         )
         if reward_adapter is not None:
             # The first reward, so the first of `reward_weights`.

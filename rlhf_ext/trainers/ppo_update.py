@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..functional import entropy_loss, exact_kl, masked_mean
 from ..functional.statistics import ratio_statistics
@@ -58,14 +59,23 @@ class UpdateMixin:
                 "decay the policy under DeepSpeed. Set weight_decay to 0, or launch without DeepSpeed."
             )
         if args.policy_objective == "penalty":
-            config = self.roles.base.config.get_text_config()
-            changed = [name for name in _LOGIT_FIELDS if getattr(config, name, None) not in (None, 1.0)]
-            head = self.roles.base.get_output_embeddings()
-            if changed or not isinstance(head, nn.Linear):
-                raise ValueError(
-                    f"policy_objective='penalty' reads distributions off hidden states and a linear head, but this "
-                    f"model has {changed or type(head).__name__} behind them. Use policy_objective='clip'."
-                )
+            self._check_head("policy_objective", "penalty")
+
+    def _check_head(self, field: str, value: Any) -> None:
+        """Refuse a model whose distributions cannot be read off hidden states and a linear head."""
+        config = self.roles.base.config.get_text_config()
+        changed = [name for name in _LOGIT_FIELDS if getattr(config, name, None) not in (None, 1.0)]
+        head = self.roles.base.get_output_embeddings()
+        if changed or not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"{field}={value!r} reads distributions off hidden states and a linear head, but this model has "
+                f"{changed or type(head).__name__} behind them. Use PPO with policy_objective='clip'."
+            )
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"{field}={value!r} reads the whole head outside of a forward, which FSDP and ZeRO-3 keep in pieces. "
+                "Launch with DDP or ZeRO-2."
+            )
 
     @property
     def penalty_coef(self) -> float:
