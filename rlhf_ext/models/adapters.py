@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .base_quantization import save_base_quantization
 from .hub import local_folder
 from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation
-from .roles import POLICY, REFERENCE
+from .roles import POLICY
 
 
 logger = logging.get_logger(__name__)
@@ -106,11 +106,11 @@ def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor
     return head.float()
 
 
-def add_reference_adapter(model: PeftModel) -> None:
-    """Copy the policy's adapter as it is now to a frozen adapter `ref`."""
-    model.add_adapter(REFERENCE, copy.deepcopy(model.peft_config[POLICY]))
+def add_policy_copy(model: PeftModel, name: str) -> None:
+    """Copy the policy's adapter as it is now to a frozen adapter `name`."""
+    model.add_adapter(name, copy.deepcopy(model.peft_config[POLICY]))
     weights = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
-    set_peft_model_state_dict(model, weights, adapter_name=REFERENCE)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def load_adapter_weights(model: PeftModel, name: str, folder: str, head: nn.Module | None = None) -> None:

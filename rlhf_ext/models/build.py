@@ -16,11 +16,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .adapters import add_reference_adapter, add_scalar_adapter
+from .adapters import add_policy_copy, add_scalar_adapter
 from .base_quantization import QUANTIZATION_FILE
 from .hub import is_inside_repo, local_folder
 from .reward_checkpoints import find_file
-from .roles import CRITIC, POLICY, REWARD, RoleSwitch, base_of, bind_roles, scalar_head
+from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, base_of, bind_roles, scalar_head
 from .scoring import ModelReward, classifier_of, load_reward_model
 from .sharding import whole_weights
 
@@ -123,6 +123,7 @@ class Roles:
         switch: Chooses the adapter of a forward.
         reference: A frozen copy of a policy without adapters, else `None`.
         reference_adapter: Adapter of the reference, `None` for the bare base. Read only where `reference` is `None`.
+        target: A frozen copy as masking policy, where one is needed and the policy has no adapters, else `None`.
         trainable: Names of the parameters that train.
     """
 
@@ -130,11 +131,34 @@ class Roles:
     switch: RoleSwitch
     reference: PreTrainedModel | None = None
     reference_adapter: str | None = None
+    target: PreTrainedModel | None = None
     trainable: set[str] = field(default_factory=set)
 
     @property
     def base(self) -> PreTrainedModel:
         return base_of(self.model)
+
+    def target_forward(self, **kwargs: Any) -> Any:
+        """Forward of the masking policy."""
+        if self.target is not None:
+            return self.target(**kwargs)
+        with self.switch.use(TARGET):
+            return self.base(**kwargs)
+
+    def target_weights(self) -> dict[str, torch.Tensor]:
+        """Weights of the masking policy by the names of the policy's."""
+        if self.target is not None:
+            return dict(self.target.named_parameters())
+        named = dict(self.model.named_parameters())
+        part, own = f".{TARGET}.", f".{POLICY}."
+        return {name.replace(part, own): parameter for name, parameter in named.items() if part in name}
+
+    def renew_target(self) -> None:
+        """Make the masking policy the policy as it is now."""
+        now = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.target_weights().items():
+                parameter.copy_(now[name])
 
     def freeze(self) -> None:
         """Hide all parameters from the parent: on a quantised base it rounds every trainable one to bfloat16."""
@@ -154,6 +178,7 @@ def build_roles(
     reward_adapter: str | None = None,
     peft_config: PeftConfig | None = None,
     keep_reference: bool = True,
+    keep_target: bool = False,
 ) -> Roles:
     """Put policy, reference, critic and reward adapter together.
 
@@ -172,6 +197,8 @@ def build_roles(
             Adapter to put on a plain policy.
         keep_reference (`bool`, *optional*, defaults to `True`):
             Whether a reference is needed at all.
+        keep_target (`bool`, *optional*, defaults to `False`):
+            Whether a masking policy is needed (NLPO), which starts as the policy.
 
     Raises:
         ValueError: the parts do not fit (see the messages).
@@ -203,7 +230,12 @@ def build_roles(
     if keep_reference and not is_peft:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     if keep_reference and is_peft and not fresh:
-        add_reference_adapter(model)
+        add_policy_copy(model, REFERENCE)
+    target = None
+    if keep_target and is_peft:
+        add_policy_copy(model, TARGET)
+    elif keep_target:
+        target = copy.deepcopy(model).requires_grad_(False).eval()
 
     heads = {}
     if reward_adapter is not None:
@@ -213,7 +245,7 @@ def build_roles(
             add_scalar_adapter(model, CRITIC, reward_adapter)
         if critic in ("adapter", "shared"):
             heads[CRITIC] = scalar_head(weight, trainable=True)
-    roles = Roles(model, RoleSwitch(model), reference, "ref" if is_peft and not fresh else None)
+    roles = Roles(model, RoleSwitch(model), reference, REFERENCE if is_peft and not fresh else None, target)
     # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the
     # adapters of a critic of its own stay as they are when the policy's are switched.
     device = next(roles.base.parameters()).device
@@ -226,7 +258,7 @@ def build_roles(
     bind_roles(model, roles.switch, shared_trunk=critic == "shared")
     if is_peft:
         for name, parameter in model.named_parameters():
-            if f".{REWARD}." in name or ".ref." in name:
+            if any(f".{frozen}." in name for frozen in (REWARD, REFERENCE, TARGET)):
                 parameter.requires_grad_(False)
             elif f".lora_A.{CRITIC}." in name or f".lora_B.{CRITIC}." in name:
                 parameter.requires_grad_(True)

@@ -24,7 +24,7 @@ from .positions import count_positions_from_mask
 from .scoring import token_scores
 
 
-POLICY, REFERENCE, CRITIC, REWARD = "default", "ref", "critic", "reward"
+POLICY, REFERENCE, CRITIC, REWARD, TARGET = "default", "ref", "critic", "reward", "target"
 SCORE_AND_VALUE = "reward+critic"
 """Role of a forward that gives both, where critic and reward share their trunk."""
 
@@ -97,7 +97,8 @@ def bind_roles(model: nn.Module, switch: RoleSwitch, *, shared_trunk: bool = Fal
     """Give the causal language model a keyword `role`, and positions that follow the attention mask.
 
     `model(input_ids=..., attention_mask=..., role="critic" | "reward")` returns one number per position, `(B, T)` in
-    float32; without `role` the forward is the original one. The critic is thereby reached through the same wrapped
+    float32; `role="default"` gives the policy's last hidden states, `(B, T, H)`; without `role` the forward is the
+    original one. The critic is thereby reached through the same wrapped
     forward as the policy (PEFT, DDP, DeepSpeed and FSDP hand keywords on), so that no second path is needed for
     preparing, clipping or synchronising gradients.
 
@@ -114,6 +115,8 @@ def bind_roles(model: nn.Module, switch: RoleSwitch, *, shared_trunk: bool = Fal
     def forward(self: PreTrainedModel, *args: Any, role: str | None = None, **kwargs: Any) -> Any:
         if role is None:
             return stock_forward(*args, **kwargs)
+        if role == POLICY:
+            return self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         if role == CRITIC and getattr(self, "critic", None) is not None:
             return token_scores(self.critic, kwargs["input_ids"], kwargs["attention_mask"])
         names = role.split("+")

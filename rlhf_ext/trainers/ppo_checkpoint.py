@@ -92,6 +92,9 @@ class CheckpointMixin(CompleteCheckpointMixin):
             "run": self._run_shape(),
             "step": self._step,
             "buffered_inputs": self._buffered_inputs,
+            "stopped": self._stopped,
+            "old_head": self._old_heads["train"],
+            "penalty_coef": None if self.penalty_controller is None else self.penalty_controller.penalty_coef,
             "kl_coef": None if self.kl_controller is None else self.kl_controller.kl_coef,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "logs": {name: _plain(values) for name, values in self._logs.items() if name != "images"},
@@ -108,6 +111,9 @@ class CheckpointMixin(CompleteCheckpointMixin):
             return
         state = _load(self._state_file(checkpoint), self.args.device)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        self._stopped, self._old_heads = state["stopped"], {"train": state["old_head"], "eval": None}
+        if self.penalty_controller is not None:
+            self.penalty_controller.penalty_coef = state["penalty_coef"]
         if self.kl_controller is not None:
             self.kl_controller.kl_coef = state["kl_coef"]
         self._metrics["train"].update(state["metrics"])

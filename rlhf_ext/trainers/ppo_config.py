@@ -3,9 +3,13 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from .hub import refuse_stored_token
+
+
+logger = logging.get_logger(__name__)
 
 
 # Fields of the parent that would change the objective, the sampling distribution or the bookkeeping behind our back,
@@ -68,7 +72,18 @@ class PPOConfig(GRPOConfig):
 
     Parameters that control the objective:
         policy_objective (`str`, *optional*, defaults to `"clip"`):
-            `"clip"`: PPO-Clip (Schulman et al. 2017, eq. 7). `"pg"`: REINFORCE or actor-critic, without a ratio.
+            `"clip"`: PPO-Clip (Schulman et al. 2017, eq. 7). `"penalty"`: PPO-Penalty (eq. 8), with the exact KL over
+            the vocabulary. `"pg"`: REINFORCE or actor-critic, without a ratio.
+        penalty_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of KL(old || new) in the loss of `"penalty"`.
+        penalty_kl_target (`float`, *optional*):
+            KL(old || new) that an update should reach, nats per token: after each rollout `penalty_coef` is halved
+            below target / 1.5 and doubled above 1.5 target. `None` keeps it fixed.
+        target_kl (`float`, *optional*):
+            Early stop: an optimizer step whose mean approximate KL to the old policy (nats per token) is above it,
+            and the rollout's steps after it, are not taken. They count for `max_steps` and the schedule.
+        entropy_bonus_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the mean entropy per token, with the divisor of the policy loss.
         epsilon_value (`float`, *optional*, defaults to `0.2`):
             Clip range of the value loss; `None` switches it off.
         vf_coef (`float`, *optional*, defaults to `0.1`):
@@ -82,11 +97,17 @@ class PPOConfig(GRPOConfig):
             reference is kept.
         adaptive_kl_target (`float`, *optional*):
             Target of the KL controller in nats summed per sequence. `None` keeps `kl_coef` fixed.
+        kl_estimator (`str`, *optional*, defaults to `"k1"`):
+            Estimator of the KL inside the reward. Only `"k1"` has an unbiased gradient there; `"k2"` and `"k3"` warn.
+            What is logged as `kl`, and moves `kl_coef`, is k1 always.
         kl_horizon (`int`, *optional*, defaults to `10000`):
             Horizon of the KL controller in sequences.
         advantage_estimator (`str`, *optional*, defaults to `"gae"`):
             `"gae"`, `"returns"` (reward-to-go, minus the value where there is a critic), `"leave_one_out"` (the bandit
             view, needs `num_generations >= 2`).
+        baseline (`str`, *optional*, defaults to `"none"`):
+            For `advantage_estimator="returns"` without a critic: `"batch_mean"` subtracts the mean return of all
+            tokens of the rollout.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -108,6 +129,8 @@ class PPOConfig(GRPOConfig):
             `reward_adapter` is given, else `"model"`.
         critic_learning_rate (`float`, *optional*):
             Learning rate of the critic, on the policy's schedule. `None` takes `learning_rate`.
+        critic_warmup_rollouts (`int`, *optional*, defaults to `0`):
+            Rollouts at the start that train the critic and leave the policy as it is.
 
     Raises:
         ValueError: a value is out of range, or a field of the parent does not compose; the message names the field,
@@ -124,7 +147,15 @@ class PPOConfig(GRPOConfig):
     )
 
     # Parameters that control the objective
-    policy_objective: str = field(default="clip", metadata={"help": "'clip' or 'pg'."})
+    policy_objective: str = field(default="clip", metadata={"help": "'clip', 'penalty' or 'pg'."})
+    penalty_coef: float = field(default=1.0, metadata={"help": "Weight of KL(old || new) under 'penalty'."})
+    penalty_kl_target: float | None = field(
+        default=None, metadata={"help": "KL(old || new) of an update, nats per token; None keeps penalty_coef fixed."}
+    )
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Approximate KL at which the rest of a rollout's steps is left out."}
+    )
+    entropy_bonus_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     epsilon_value: float | None = field(
         default=0.2, metadata={"help": "Clip range of the value loss; None switches it off."}
     )
@@ -135,8 +166,12 @@ class PPOConfig(GRPOConfig):
     adaptive_kl_target: float | None = field(
         default=None, metadata={"help": "Target of the KL controller, nats per sequence; None keeps kl_coef fixed."}
     )
+    kl_estimator: str = field(default="k1", metadata={"help": "'k1', 'k2' or 'k3': the KL inside the reward."})
     kl_horizon: int = field(default=10_000, metadata={"help": "Horizon of the KL controller in sequences."})
     advantage_estimator: str = field(default="gae", metadata={"help": "'gae', 'returns' or 'leave_one_out'."})
+    baseline: str = field(
+        default="none", metadata={"help": "'none' or 'batch_mean': subtracted from 'returns' without a critic."}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
     bootstrap_truncated: bool = field(
@@ -155,6 +190,9 @@ class PPOConfig(GRPOConfig):
     )
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; None takes learning_rate."}
+    )
+    critic_warmup_rollouts: int = field(
+        default=0, metadata={"help": "Rollouts that train the critic alone before the policy moves."}
     )
 
     def __post_init__(self) -> None:
@@ -199,7 +237,9 @@ class PPOConfig(GRPOConfig):
     def _check_own_fields(self) -> None:
         refuse_stored_token(self.hub_token)
         choices = {
-            "policy_objective": ("clip", "pg"),
+            "policy_objective": ("clip", "penalty", "pg"),
+            "kl_estimator": ("k1", "k2", "k3"),
+            "baseline": ("none", "batch_mean"),
             "advantage_estimator": ("gae", "returns", "leave_one_out"),
             "critic": (None, "adapter", "shared", "model", "none"),
         }
@@ -209,12 +249,13 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
-        for name in ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_high", "epsilon_value"):
+        positive = ("temperature", "kl_horizon", "adaptive_kl_target", "epsilon", "epsilon_high", "epsilon_value")
+        for name in (*positive, "penalty_coef", "penalty_kl_target", "target_kl"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off."
                 )
-        for name in ("kl_coef", "vf_coef", "critic_learning_rate"):
+        for name in ("kl_coef", "vf_coef", "critic_learning_rate", "entropy_bonus_coef", "critic_warmup_rollouts"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.adaptive_kl_target is not None and self.generation_batch_size >= 5 * self.kl_horizon:
@@ -273,6 +314,35 @@ class PPOConfig(GRPOConfig):
                 "policy_objective='pg' has no ratio to correct for stale samples, so a rollout gives one optimizer "
                 f"step. Set num_iterations=1 and steps_per_generation={self.gradient_accumulation_steps} "
                 f"(now {self.num_iterations} and {self.steps_per_generation})."
+            )
+
+        self._check_without_effect()
+
+    def _check_without_effect(self) -> None:
+        """A field that the chosen objective, estimator or critic never reads looks like one that works."""
+        default = {f.name: f.default for f in fields(type(self))}
+        has_critic = self.critic != "none" and self.advantage_estimator != "leave_one_out"
+        read = {
+            "penalty_coef": self.policy_objective == "penalty",
+            "penalty_kl_target": self.policy_objective == "penalty",
+            "epsilon_high": self.policy_objective == "clip",
+            "delta": self.policy_objective == "clip",
+            "target_kl": self.policy_objective != "pg",
+            "baseline": self.advantage_estimator == "returns" and self.critic == "none",
+            "critic_warmup_rollouts": has_critic,
+            "kl_estimator": self.kl_coef > 0,
+        }
+        for name, is_read in read.items():
+            if not is_read and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with policy_objective={self.policy_objective!r}, "
+                    f"advantage_estimator={self.advantage_estimator!r}, critic={self.critic!r}, "
+                    f"kl_coef={self.kl_coef}. Remove it."
+                )
+        if self.kl_estimator != "k1":
+            logger.warning(
+                f"kl_estimator={self.kl_estimator!r} inside the reward has a biased gradient, 'k1' has not. Use it to "
+                "reproduce a paper."
             )
 
     @property

@@ -41,15 +41,19 @@ class RolloutMixin:
         rollout = {"mask": mask, "scores": self._own_rows(scores, len(mask))}
         logps = batch.get("old_per_token_logps")
         logps = self._logps(self.model, batch, mode) if logps is None else logps
-        rollout["old_per_token_logps"] = torch.where(mask, logps, 0.0)
-        rollout["kl"] = torch.zeros_like(rollout["old_per_token_logps"])
+        rollout["old_per_token_logps"] = torch.where(mask, self._old_logps(batch, logps, mode), 0.0)
+        if self.args.policy_objective == "penalty":
+            rollout["old_hidden"] = self._take_hidden(batch)
+            self._remember_head(mode)
+        charged = rollout["kl"] = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
         if self.args.kl_coef > 0:
-            rollout["kl"] = torch.where(
-                mask, estimate_kl(logps, self._reference_logps(batch, mode), estimator="k1"), 0.0
-            )
+            reference = self._reference_logps(batch, mode)
+            # What is logged, and moves the controller, is k1 whatever the reward is charged with.
+            rollout["kl"] = torch.where(mask, estimate_kl(logps, reference, estimator="k1"), 0.0)
+            charged = torch.where(mask, estimate_kl(logps, reference, estimator=self.args.kl_estimator), 0.0)
         scored = ~rollout["scores"].isnan()
         rollout["rewards"] = shape_rewards(
-            torch.where(scored, rollout["scores"], 0.0), rollout["kl"], mask, kl_coef=self.kl_coef
+            torch.where(scored, rollout["scores"], 0.0), charged, mask, kl_coef=self.kl_coef
         )
         rollout["raw_rewards"] = rollout["rewards"]
         # A row without a score teaches nothing, not even through the moments.
@@ -68,6 +72,10 @@ class RolloutMixin:
         if "values" in rollout:
             rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
         return rollout
+
+    def _old_logps(self, batch: dict[str, torch.Tensor], raw: torch.Tensor, mode: str) -> torch.Tensor:
+        """`(B, C)` log-probabilities that the ratio is taken of: the raw ones of the policy, unless it is masked."""
+        return raw
 
     def _logps(self, model, batch, mode):
         ids, mask = whole_rows(batch)
@@ -139,6 +147,8 @@ class RolloutMixin:
             if self.args.kl_coef > 0 or name not in ("kl", "kl_per_token"):  # without a reference there is no KL
                 metrics[name].append(value.item())
         metrics["kl_coef"].append(self.kl_coef)
+        if self.args.policy_objective == "penalty":
+            metrics["policy/penalty_coef"].append(self.penalty_coef)
         # With one completion per prompt the parent's group statistics say nothing, and its column is all zeros.
         metrics.pop("frac_reward_zero_std", None)
         per_row = row_means(everywhere["advantages"], everywhere["mask"])

@@ -20,9 +20,11 @@ from trl.trainer.utils import add_fused_lm_head
 from ..data.prompts import check_prompts, check_tokenizer
 from ..functional import (
     AdaptiveKLController,
+    AdaptivePenaltyController,
     compute_gae,
     discounted_returns,
     leave_one_out_advantages,
+    masked_mean,
     policy_gradient_loss,
     value_loss,
 )
@@ -41,9 +43,10 @@ from .ppo_card import PPOCardMixin
 from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
+from .ppo_update import StepGuard, UpdateMixin
 
 
-class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
+class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -167,6 +170,7 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
             reward_adapter=reward_adapter,
             peft_config=peft_config,
             keep_reference=args.kl_coef > 0,
+            keep_target=getattr(args, "mask_top_p", 1.0) < 1.0,
         )
         if reward_adapter is not None:
             # The first reward, so the first of `reward_weights`.
@@ -214,13 +218,23 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
             self.kl_controller = AdaptiveKLController(
                 args.kl_coef, target=args.adaptive_kl_target, horizon=args.kl_horizon
             )
+        self.penalty_controller = None
+        if args.penalty_kl_target is not None:
+            self.penalty_controller = AdaptivePenaltyController(args.penalty_coef, target=args.penalty_kl_target)
+        if args.policy_objective == "penalty":
+            # A ratio is positive: with these bounds the parent's clip never binds.
+            self.epsilon_low, self.epsilon_high = 1.0, float("inf")
+        self._check_update()
+        self._step_kl = torch.zeros(2, device=self.accelerator.device)
+        if args.target_kl is not None or args.critic_warmup_rollouts:
+            self.add_callback(StepGuard(self))
         # The parent's loss keeps its log-probabilities to itself; its forward's output does not.
         self._outputs = None
         self.model.register_forward_hook(self._keep_outputs)
 
     def _keep_outputs(self, module: nn.Module, args: Any, output: Any) -> None:
         if getattr(output, "log_probs", None) is not None:
-            self._outputs = output.log_probs.detach()
+            self._outputs = output
 
     @property
     def kl_coef(self) -> float:
@@ -239,12 +253,15 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
     # Second wrap: values, reference, rewards, advantages
 
     def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            self._move_penalty()
+            self._stopped = False
         with without_generation_defaults(self.roles.model):
             batch = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             rollout = self._complete_rollout(batch, mode)
-        for name in ("old_per_token_logps", "advantages", "values", "returns"):
+        for name in ("old_per_token_logps", "old_hidden", "advantages", "values", "returns"):
             if name in rollout:
                 batch[name] = rollout[name]
         if self.args.policy_objective == "pg":
@@ -279,12 +296,20 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
                 bootstrap_values=batch.get("bootstrap_values"),
             )
         returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
+        if self.args.baseline == "batch_mean":
+            mean = masked_mean(self._gather(returns), self._gather(mask.long()).bool())
+            values = mean.expand(mask.shape)
         return baseline_advantages(returns, values, mask), returns
 
     # Third wrap: the value loss over the parent's own divisor
 
     def _compute_loss(self, model, inputs):
+        if self._stopped and self.model.training:
+            # The rest of the rollout is not trained on; its steps pass without a forward.
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         loss = self.compute_policy_loss(inputs, model)
+        if self.model.training and self._is_warm_up(self._step):
+            loss = loss * 0.0  # not left out: DDP waits for every gradient
         if self.critic == "none":
             return loss
         ids, attention_mask = whole_rows(inputs)
@@ -318,12 +343,20 @@ class PPOTrainer(RolloutMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
                 The prepared model; the trainer's own if not given.
         """
         loss = super()._compute_loss(self.model if model is None else model, batch)
-        logps, self._outputs = self._outputs[:, -batch["completion_ids"].size(1) :], None
+        outputs, self._outputs, length = self._outputs, None, batch["completion_ids"].size(1)
+        logps = outputs.log_probs.detach()[:, -length:]
         if self.args.policy_objective == "pg":
             # With a ratio of 1 the parent's gradient is that of REINFORCE; its value is not, so it is put right.
             shown, _ = policy_gradient_loss(logps, batch["advantages"], token_mask(batch), reduction="sum")
-            return loss + (shown / self._loss_divisor(batch) - loss.detach())
-        self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)))
+            loss = loss + (shown / self._loss_divisor(batch) - loss.detach())
+        else:
+            self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)))
+            if self.model.training and self.args.target_kl is not None:
+                self._watch_kl(logps, batch)
+        if self.args.policy_objective == "penalty":
+            loss = loss + self._penalty_term(batch)
+        if self.args.entropy_bonus_coef > 0:
+            loss = loss + self._entropy_term(batch, outputs.entropy[:, -length:])
         return loss
 
     def _loss_divisor(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -154,11 +154,17 @@ def test_defaults_of_our_own_fields():
     own = {field.name: field.default for field in fields(PPOConfig) if field.name not in general}
     assert own == {
         "policy_objective": "clip",
+        "penalty_coef": 1.0,
+        "penalty_kl_target": None,
+        "target_kl": None,
+        "entropy_bonus_coef": 0.0,
         "epsilon_value": 0.2,
         "vf_coef": 0.1,
         "kl_coef": 0.05,
         "adaptive_kl_target": None,
+        "kl_estimator": "k1",
         "kl_horizon": 10_000,
+        "baseline": "none",
         "advantage_estimator": "gae",
         "gamma": 1.0,
         "gae_lambda": 0.95,
@@ -167,6 +173,7 @@ def test_defaults_of_our_own_fields():
         "whiten_advantages": True,
         "critic": None,
         "critic_learning_rate": None,
+        "critic_warmup_rollouts": 0,
     }
     for field in fields(PPOConfig):
         if field.name in own:
@@ -176,7 +183,20 @@ def test_defaults_of_our_own_fields():
 
 NAN = float("nan")
 BAD = [
-    ({"policy_objective": "penalty"}, "policy_objective='penalty'.*Choose one of .'clip', 'pg'"),
+    ({"policy_objective": "trpo"}, "policy_objective='trpo'.*Choose one of .'clip', 'penalty', 'pg'"),
+    ({"kl_estimator": "k4"}, "kl_estimator='k4'.*Choose one of"),
+    ({"baseline": "value"}, "baseline='value'.*Choose one of"),
+    ({"target_kl": 0.0}, "target_kl=0.0 must be positive"),
+    ({"entropy_bonus_coef": -1.0}, "entropy_bonus_coef=-1.0 must not be negative"),
+    ({"penalty_coef": 2.0}, "penalty_coef=2.0 has no effect.*Remove it"),
+    ({"penalty_kl_target": 0.01}, "penalty_kl_target=0.01 has no effect"),
+    ({"policy_objective": "penalty", "delta": 2.0}, "delta=2.0 has no effect"),
+    ({"baseline": "batch_mean"}, "baseline='batch_mean' has no effect"),
+    (
+        {"critic": "none", "advantage_estimator": "returns", "critic_warmup_rollouts": 2},
+        "critic_warmup_rollouts=2 has",
+    ),
+    ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator='k3' has no effect"),
     ({"advantage_estimator": "vtrace"}, "advantage_estimator='vtrace'.*Choose one of"),
     ({"critic": "lora"}, "critic='lora'.*Choose one of"),
     *[
