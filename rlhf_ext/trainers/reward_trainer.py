@@ -340,6 +340,8 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return  # DeepSpeed calls this on every process, before one of them has made the folder
         dtype = plain_dtype(classifier_of(self.model))
         save_reward_config(output_dir or self.args.output_dir, self.args.reward_aggregation, dtype)
 
