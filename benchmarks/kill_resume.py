@@ -104,23 +104,25 @@ def main() -> int:
 
     work = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     prepare(work)
-    rows = [matrix(processes, args.kills, args.seed, work) for processes in args.processes]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "title": "PPO runs killed at random times and resumed",
-        "command": f"python benchmarks/kill_resume.py --kills {args.kills}",
-        "commit": commit,
-        "seed": args.seed,
-        "columns": ["processes", "kills", "ended bit-equal to the run that was not killed", "resumed at steps"],
-        "rows": [[r["processes"], r["kills"], r["same"], ", ".join(map(str, r["resumed_at"]))] for r in rows],
-        "notes": [
-            f"SIGKILL at a uniform time of a run of {STEPS} steps, a checkpoint every {SAVE_STEPS}, a rollout every "
-            "4; 0: before the first checkpoint. Equal: weights of all roles and every logged number but times."
-        ],
-    }
-    print(json.dumps(result, indent=2))
-    if args.result is not None:
-        args.result.write_text(json.dumps(result, indent=2) + "\n")
+    rows = []
+    for processes in args.processes:
+        rows.append(matrix(processes, args.kills, args.seed, work))
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        result = {
+            "title": "PPO runs killed at random times and resumed",
+            "command": f"python benchmarks/kill_resume.py --kills {args.kills}",
+            "commit": commit,
+            "seed": args.seed,
+            "columns": ["processes", "kills", "ended bit-equal to the run that was not killed", "resumed at steps"],
+            "rows": [[r["processes"], r["kills"], r["same"], ", ".join(map(str, r["resumed_at"]))] for r in rows],
+            "notes": [
+                f"SIGKILL at a uniform time of a run of {STEPS} steps, a checkpoint every {SAVE_STEPS}, a rollout every "
+                "4; 0: before the first checkpoint. Equal: weights of all roles and every logged number but times."
+            ],
+        }
+        print(json.dumps(result, indent=2))
+        if args.result is not None:
+            args.result.write_text(json.dumps(result, indent=2) + "\n")
     return int(any(row["same"] != row["kills"] for row in rows))
 
 

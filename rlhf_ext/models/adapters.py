@@ -72,9 +72,29 @@ def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor
             f"reward_adapter={folder!r} trains more than LoRA weights and the head ({others[0]!r} and "
             f"{len(others) - 1} more), which roles on one base cannot share. Save only 'score' with it."
         )
+    check_leaves_base(config, f"reward_adapter={folder!r}")
     config = copy.copy(config)
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
     return config, weights, head
+
+
+def check_leaves_base(config: PeftConfig, what: str) -> None:
+    """Refuse an adapter that changes the weights below it, which other roles share.
+
+    Raises:
+        ValueError: its initialisation takes something off the base (PiSSA, OLoRA, ...), or it trains biases there.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"{what} has init_lora_weights={init!r}, which changes the base that reference, reward and critic share. "
+            "Use True, 'gaussian' or 'orthogonal'."
+        )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"{what} has bias={config.bias!r}, which trains biases of the base that reference, reward and critic "
+            "share. Use 'none'."
+        )
 
 
 def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .adapters import add_policy_copy, add_scalar_adapter
+from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
 from .base_quantization import QUANTIZATION_FILE
 from .hub import is_inside_repo, local_folder
 from .reward_checkpoints import find_file
@@ -203,6 +203,8 @@ def build_roles(
     Raises:
         ValueError: the parts do not fit (see the messages).
     """
+    for config in [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values()):
+        check_leaves_base(config, "peft_config" if peft_config is not None else "The policy's adapter")
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ValueError("peft_config was given for a model that has adapters already. Pass one of the two.")
@@ -260,8 +262,8 @@ def build_roles(
         for name, parameter in model.named_parameters():
             if any(f".{frozen}." in name for frozen in (REWARD, REFERENCE, TARGET)):
                 parameter.requires_grad_(False)
-            elif f".lora_A.{CRITIC}." in name or f".lora_B.{CRITIC}." in name:
-                parameter.requires_grad_(True)
+            elif ".lora_" in name and CRITIC in name.split("."):  # A and B, and what DoRA adds
+                parameter.requires_grad_(critic == "adapter" or parameter.requires_grad)
     return roles
 
 
@@ -346,3 +348,17 @@ def shortest_context(*models: nn.Module | None) -> int | None:
     """Tokens of prompt and completion that every one of `models` can read; `None` without a limit."""
     limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models if m is not None]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def without_dropout(*models: nn.Module | None) -> None:
+    """Switch off the dropout that modules apply as a function of a rate they keep, attention above all.
+
+    The parent's `disable_dropout` knows modules of the class `nn.Dropout` only. Left on, the ratio would differ from 1
+    and the KL from 0 before the first update. Configurations are left alone: they are saved with the model.
+    """
+    for module in (module for model in models if model is not None for module in model.modules()):
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -10,11 +10,16 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -22,7 +27,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SEAL = "checkpoint_files.json"
-"""Size and SHA-256 of every file of a checkpoint, written last."""
+"""When a checkpoint was written, and size and SHA-256 of every file of it; written last."""
 
 # The leading underscore keeps it out of pushes to the Hub, whose ignore patterns name it.
 ASIDE = "_unfinished_checkpoint"
@@ -36,7 +41,7 @@ def seal_checkpoint(folder: str | os.PathLike) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         _flush(path)
     with open(folder / SEAL, "w", encoding="utf-8") as file:
-        json.dump(files, file, indent=1)
+        json.dump({"written": time.time_ns(), "files": files}, file, indent=1)
     _flush(folder / SEAL)
     _flush(folder)
 
@@ -66,10 +71,11 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
 
     Args:
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            A folder; `True` (or `"true"`, as it comes from a command line) for the newest in `output_dir`.
+            A folder; `True` (or `"true"`, as it comes from a command line) for the last one in `output_dir`.
 
     Raises:
-        ValueError: there is none, or it is damaged (see [`check_checkpoint`]).
+        ValueError: there is none, it is damaged (see [`check_checkpoint`]), or the one with the highest step is not
+            the newest, so that two runs have written there.
     """
     if not resume_from_checkpoint or str(resume_from_checkpoint).lower() == "false":
         return None
@@ -81,6 +87,12 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
                 f"resume_from_checkpoint=True, but {output_dir!r} holds no checkpoint. Leave it out to start anew."
             )
         folder = os.path.join(output_dir, f"checkpoint-{numbers[-1]}")
+        newest = max(numbers, key=lambda number: _written(Path(output_dir) / f"checkpoint-{number}"))
+        if newest != numbers[-1] and _fault(Path(folder)) is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True, but in {output_dir!r} checkpoint-{numbers[-1]} is older than "
+                f"checkpoint-{newest}: two runs have written there. Name the folder to resume from."
+            )
     check_checkpoint(folder)
     return folder
 
@@ -92,11 +104,12 @@ class CompleteCheckpointMixin:
     _pushed_later: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save:
+            _clear_aside(Path(self.args.output_dir))  # of a run that was killed
+        self.accelerator.wait_for_everyone()
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             self._on_resume(checkpoint)
-        if self.args.should_save:
-            shutil.rmtree(os.path.join(self.args.output_dir, ASIDE), ignore_errors=True)  # of a run that was killed
         return super().train(checkpoint, *args, **kwargs)
 
     def _on_resume(self, checkpoint: str) -> None:
@@ -114,14 +127,20 @@ class CompleteCheckpointMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        aside = final.parent / ASIDE / final.name
         with self._written_aside(final):
             super()._save_checkpoint(model, trial)
-        aside = final.parent / ASIDE / final.name
-        self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            best = self.state.best_model_checkpoint
+            if best is not None and ASIDE in Path(best).parts:
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            if self.args.should_save:
+                seal_checkpoint(aside)
         if self.args.should_save:
-            seal_checkpoint(aside)
             if final.exists():  # the step was saved before, by a run that was resumed from an earlier one
-                shutil.rmtree(final)
+                os.rename(final, aside.parent / "replaced")
             os.rename(aside, final)
             _flush(final.parent)
             shutil.rmtree(aside.parent)
@@ -130,18 +149,17 @@ class CompleteCheckpointMixin:
             self._pushed_later = None
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            best = self.state.best_global_step
             rotate_checkpoints(
                 output_dir=str(final.parent),
                 save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=str(final.parent / f"checkpoint-{best}") if best else None,
+                best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
 
     @contextmanager
     def _written_aside(self, final: Path) -> Iterator[None]:
         if self.args.should_save:
-            shutil.rmtree(final.parent / ASIDE, ignore_errors=True)
+            _clear_aside(final.parent)
         self._aside = True
         try:
             yield
@@ -149,8 +167,8 @@ class CompleteCheckpointMixin:
             # Free the room at once: a full disk is the likeliest reason.
             if self.args.should_save:
                 shutil.rmtree(final.parent / ASIDE, ignore_errors=True)
-            numbers = _numbers(final.parent)
-            last = f"the last one, checkpoint-{numbers[-1]}, is whole" if numbers else "there is none yet"
+            whole = [n for n in _numbers(final.parent) if _fault(final.parent / f"checkpoint-{n}") is None]
+            last = f"the last one, checkpoint-{whole[-1]}, is whole" if whole else "there is none yet"
             raise RuntimeError(
                 f"{final} could not be written ({type(error).__name__}: {error}); {last}. Free space in "
                 f"{str(final.parent)!r}, or lower `save_total_limit`, and resume."
@@ -158,14 +176,73 @@ class CompleteCheckpointMixin:
         finally:
             self._aside = False
 
+    # What waits to be logged, so that a resumed run logs what the whole one logs
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
+        state = {
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "total_tokens": self._total_train_tokens,
+        }
+        torch.save(state, os.path.join(output_dir, f"log_state_{self.args.process_index}.pt"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Called after the data was skipped, just before the first step.
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_state(os.path.join(checkpoint, f"log_state_{self.args.process_index}.pt"), self.args.device)
+        self._tr_loss, self._total_loss_scalar = state["loss"], state["total_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+        self._metrics["train"].update(state["metrics"])
+        self._total_train_tokens = state["total_tokens"]
+
+
+def load_state(path: str, device: Any = "cpu") -> dict[str, Any]:
+    """Read a file of tensors and plain values that one process wrote into a checkpoint.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{path!r} is missing: the checkpoint was written with save_only_model, or by fewer processes. Resume "
+            "with as many processes as wrote it."
+        )
+    # Through the CPU: `torch.load` knows no device "cpu:0", which a CPU of several processes is called.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return send_to_device(state, device)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short hash of all weights and buffers of `model`, to tell whether a frozen model is the same one."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _clear_aside(output_dir: Path) -> None:
+    """Remove what a killed run left, after putting in place a checkpoint that lacked nothing but its name."""
+    for folder in sorted((output_dir / ASIDE).glob("checkpoint-*")):
+        if _fault(folder) is None and not (output_dir / folder.name).exists():
+            os.rename(folder, output_dir / folder.name)
+    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
+
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, as the end of a sentence; `None` if it is whole."""
     if not folder.is_dir():
         return "is no folder"
     try:
-        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
         return f"has no readable {SEAL}: it was not finished, or not written by this package"
     for name, expected in files.items():
         path = folder / name
@@ -176,6 +253,14 @@ def _fault(folder: Path) -> str | None:
         if _digest(path) != expected["sha256"]:
             return f"is damaged: the content of {name} has changed"
     return None
+
+
+def _written(folder: Path) -> int:
+    """When a checkpoint was sealed, nanoseconds; 0 where no seal says."""
+    try:
+        return int(json.loads((folder / SEAL).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _numbers(folder: Path) -> list[int]:

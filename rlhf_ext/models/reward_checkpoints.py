@@ -208,10 +208,14 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
         ValueError: the files have other weights than the model.
     """
     if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from peft.utils.save_and_load import load_peft_weights
 
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        saved, expected = load_peft_weights(str(folder), device="cpu"), set(get_peft_model_state_dict(model))
+        if expected != set(saved):
+            odd = sorted(expected.symmetric_difference(saved))
+            raise ValueError(f"{str(folder)!r} does not fit the model: {len(odd)} weights differ, {odd[0]!r} first.")
+        set_peft_model_state_dict(model, saved)
         return
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):

@@ -11,11 +11,11 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..models.adapters import check_adapter_weights, load_adapter_weights, save_scalar_adapter
-from ..models.checkpoints import CompleteCheckpointMixin
+from ..models.checkpoints import CompleteCheckpointMixin, load_state, weights_digest
 from ..models.pooling import classifier_of
 from ..models.reward_checkpoints import load_weights, plain_dtype, save_reward_config
 from ..models.roles import CRITIC, POLICY, REFERENCE, REWARD, base_of
-from ..models.sharding import add_frozen
+from ..models.sharding import add_frozen, is_in_pieces
 
 
 # A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
@@ -31,6 +31,9 @@ SAME_ON_RESUME = (
     "data_seed",
     "policy_objective",
     "advantage_estimator",
+    "reward_weights",
+    "adaptive_kl_target",
+    "penalty_kl_target",
 )
 
 
@@ -43,22 +46,23 @@ class CheckpointMixin(CompleteCheckpointMixin):
     """
 
     _resumed_from: str | None = None
+    _digests: dict[str, str] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = None  # the mixin below finds and checks the folder, and calls back through super
+        self._resumed_from = None  # the mixin below finds and checks the folder, and calls `_on_resume`
+        self._step, self._buffered_inputs = 0, None  # a second run must not begin on the rollout of the first
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _on_resume(self, checkpoint: str) -> None:
         self._resumed_from = checkpoint
-        saved = _load(self._state_file(checkpoint))
-        now = self._run_shape()
-        for name, value in saved["run"].items():
-            if now[name] != value:
+        saved, now = load_state(self._state_file(checkpoint)), self._run_shape()
+        for name in sorted(now.keys() | saved["run"].keys()):
+            value = saved["run"].get(name)
+            if now.get(name) != value:
                 raise ValueError(
-                    f"{name}={now[name]!r}, but {checkpoint!r} was written with {value!r}, and the rollout in it does "
+                    f"{name}={now.get(name)!r}, but {checkpoint!r} was written with {value!r}, and the run in it does "
                     "not fit another value. Resume with the same one, or start a new run from the saved models."
                 )
-
         if "len(train_dataset)" not in now and _epochs(checkpoint) > 0:
             raise ValueError(
                 f"{checkpoint!r} was written in a later pass over streamed rows, whose place in the stream `Trainer` "
@@ -66,10 +70,23 @@ class CheckpointMixin(CompleteCheckpointMixin):
             )
 
     def _run_shape(self) -> dict[str, Any]:
-        sizes = {"world_size": self.args.world_size}
+        shape = {name: getattr(self.args, name) for name in SAME_ON_RESUME}
+        shape |= {"world_size": self.args.world_size, "critic": self.critic}
         if hasattr(self.train_dataset, "__len__"):
-            sizes["len(train_dataset)"] = len(self.train_dataset)
-        return sizes | {name: getattr(self.args, name) for name in SAME_ON_RESUME}
+            shape["len(train_dataset)"] = len(self.train_dataset)
+        return shape | self._frozen_digests()
+
+    def _frozen_digests(self) -> dict[str, str]:
+        """What says whether reference and reward models are those of the run; adapters are compared one by one."""
+        if self._digests is None:
+            models = {"reference": self.reference} if self.reference is not None else {}
+            for index, function in enumerate(self.reward_funcs):
+                model = getattr(getattr(function, "reward", None), "model", None)
+                if isinstance(model, nn.Module) and model is not self.roles.model:
+                    models[f"reward_funcs[{index}]"] = model
+            whole = {name: model for name, model in models.items() if not is_in_pieces(model)}
+            self._digests = {f"weights of {name}": weights_digest(model) for name, model in whole.items()}
+        return self._digests
 
     def _state_file(self, folder: str) -> str:
         return os.path.join(folder, f"ppo_state_{self.args.process_index}.pt")
@@ -96,31 +113,23 @@ class CheckpointMixin(CompleteCheckpointMixin):
             "old_head": self._old_heads["train"],
             "penalty_coef": None if self.penalty_controller is None else self.penalty_controller.penalty_coef,
             "kl_coef": None if self.kl_controller is None else self.kl_controller.kl_coef,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "logs": {name: _plain(values) for name, values in self._logs.items() if name != "images"},
-            "loss": self._tr_loss,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
         }
         torch.save(state, self._state_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Called after the data was skipped, just before the first step.
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        state = _load(self._state_file(checkpoint), self.args.device)
+        state = load_state(self._state_file(checkpoint), self.args.device)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         self._stopped, self._old_heads = state["stopped"], {"train": state["old_head"], "eval": None}
         if self.penalty_controller is not None:
             self.penalty_controller.penalty_coef = state["penalty_coef"]
         if self.kl_controller is not None:
             self.kl_controller.kl_coef = state["kl_coef"]
-        self._metrics["train"].update(state["metrics"])
         for name, values in state["logs"].items():
             _restore(self._logs[name], values)
-        self._tr_loss, self._total_loss_scalar = state["loss"], state["total_loss"]
-        self._globalstep_last_logged = state["last_logged"]
 
     # Weights
 
@@ -182,17 +191,6 @@ def _epochs(checkpoint: str) -> int:
     """Finished passes over the data."""
     with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
         return int(json.load(file)["epoch"])
-
-
-def _load(path: str, device: Any = "cpu") -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{path!r} is missing: the checkpoint was written with save_only_model, or by fewer processes. Resume "
-            "with as many processes as wrote it."
-        )
-    if torch.device(device).type == "cpu":
-        device = "cpu"  # DeepSpeed says cpu:0, which `torch.load` does not know
-    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _plain(values: Any) -> Any:

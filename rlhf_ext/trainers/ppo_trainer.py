@@ -31,7 +31,7 @@ from ..functional import (
 from ..functional.advantages import baseline_advantages
 from ..functional.rewards import combine_scores
 from ..functional.statistics import ratio_statistics
-from ..models.build import build_roles, choose_critic, load_policy, shortest_context
+from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
 from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, with_base_revision
 from ..models.positions import count_positions_from_mask
@@ -189,6 +189,7 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
             # `Trainer` reads the new name when training starts, TRL the old one after each rollout.
             args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = given
 
+        without_dropout(self.roles.model, self.roles.reference, self.roles.target)
         self.roles.freeze()
         super().__init__(
             model=self.roles.model,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from rlhf_ext.models.build import critic_from_policy, critic_from_reward
 from rlhf_ext.models.reward_checkpoints import save_reward_config
@@ -155,3 +155,46 @@ def test_the_configuration_of_the_caller_is_left_alone(tmp_path):
 def test_a_horizon_shorter_than_the_rollout_is_refused(tmp_path):
     with pytest.raises(ValueError, match="kl_horizon=1 is too short for rollouts of 8"):
         build(tmp_path, reward_funcs=zero, config={"adaptive_kl_target": 1.0, "kl_horizon": 1})
+
+
+# One base under several roles: nobody may change it
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "peft_config has init_lora_weights='pissa', which changes the base"),
+        ({"init_lora_weights": "olora"}, "peft_config has init_lora_weights='olora'"),
+        ({"bias": "all"}, "peft_config has bias='all', which trains biases of the base"),
+    ],
+)
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path, adapters, changes, message):
+    folder = adapters["llama"]
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, base_policy(folder), reward_adapter=str(folder / "reward"), peft_config=lora(**changes))
+
+
+def test_dropout_of_attention_functions_is_off_in_every_role(tmp_path):
+    """`nn.Dropout` is not all: attention reads a rate from its module."""
+    policy = tiny_causal_lm("llama", tiny_tokenizer(), attention_dropout=0.3)
+    reward = tiny_reward_model("llama", tiny_tokenizer(), seed=1, attention_dropout=0.3)
+    trainer = build(tmp_path, policy, reward_funcs=reward, config={"learning_rate": 0.0, "max_steps": 2})
+    trainer.train()
+    assert all(abs(value - 1) < 1e-5 for value in logged(trainer, "policy/ratio_max"))
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer, "value/clip_fraction") == [0.0] * len(logged(trainer, "value/clip_fraction"))
+    assert trainer.model.config.attention_dropout == 0.3  # what is saved says what was loaded
+
+
+def test_a_dora_critic_trains_its_magnitudes(tmp_path, adapters):
+    folder = adapters["llama"]
+    classifier = tiny_reward_model("llama", tiny_tokenizer())
+    classifier.base_model.load_state_dict(base_policy(folder).base_model.state_dict())
+    config = lora(task_type="SEQ_CLS", modules_to_save=["score"], use_dora=True)
+    reward = get_peft_model(classifier, config)
+    reward.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    reward.save_pretrained(tmp_path / "dora")
+    trainer = build(tmp_path, base_policy(folder), reward_adapter=str(tmp_path / "dora"), peft_config=lora())
+    magnitudes = {n: p for n, p in trainer.model.named_parameters() if "magnitude" in n}
+    assert any(".critic." in name for name in magnitudes)
+    assert all(parameter.requires_grad == (".critic." in name) for name, parameter in magnitudes.items())

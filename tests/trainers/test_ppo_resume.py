@@ -201,6 +201,56 @@ def test_a_later_pass_over_a_stream_is_refused(folder, whole, tmp_path):
         resumed(folder, "stream", str(folder / "stream" / "checkpoint-15"), tmp_path)
 
 
+def test_another_reference_or_reward_model_is_refused(folder, two):
+    """The policy's weights come from the checkpoint, so nothing else would look wrong."""
+    for change, message in (
+        (lambda t: t.reference.lm_head.weight, "weights of reference="),
+        (lambda t: t.reward_funcs[0].reward.model.score.weight, r"weights of reward_funcs\[0\]="),
+    ):
+        trainer = build(folder, "full", two)
+        with torch.no_grad():
+            change(trainer).add_(1.0)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adaptive_kl_target", None), ("critic", "shared"), ("reward_weights", [2.0])]
+)
+def test_another_kind_of_run_is_refused(folder, whole, tmp_path, name, value):
+    whole("one_base")
+    with pytest.raises(ValueError, match=f"{name}=.* was written with"):
+        resumed(folder, "one_base", str(folder / "one_base" / "checkpoint-6"), tmp_path, **{name: value})
+
+
+def test_two_runs_in_one_folder_are_told_apart(folder, tmp_path):
+    build(folder, "full", tmp_path, max_steps=6).train()
+    build(folder, "full", tmp_path, max_steps=3).train()
+    with pytest.raises(ValueError, match="checkpoint-6 is older than checkpoint-3: two runs"):
+        build(folder, "full", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_lacked_its_name_only_is_taken(folder, two):
+    """Killed between the two renames: the new one is sealed, the old one of the same step is aside."""
+    os.makedirs(two / ASIDE)
+    os.rename(two / "checkpoint-6", two / ASIDE / "checkpoint-6")
+    trainer = build(folder, "full", two, max_steps=7)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 7
+    check_checkpoint(two / "checkpoint-6")
+    assert not (two / ASIDE).exists()
+
+
+def test_a_second_run_starts_on_a_rollout_of_its_own(folder, tmp_path):
+    trainer = build(folder, "full", tmp_path, max_steps=2, save_strategy="no")
+    trainer.train()
+    calls, stock = [], trainer.reward_funcs[0]
+    trainer.reward_funcs[0] = lambda *args, **kwargs: calls.append(1) or stock(*args, **kwargs)
+    trainer.reward_funcs[0].__name__ = "counted"
+    trainer.train()
+    assert len(calls) == 1
+
+
 def test_checkpoints_without_what_resuming_needs_say_so(folder, tmp_path):
     build(folder, "full", tmp_path, max_steps=3, save_only_model=True).train()
     with pytest.raises(ValueError, match="save_only_model"):

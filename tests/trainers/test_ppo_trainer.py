@@ -276,7 +276,7 @@ def test_bad_rewards_are_named_at_the_first_call(tmp_path, reward, message):
         ({"mask_truncated_completions": True}, "mask_truncated_completions"),
         ({"generation_kwargs": {"top_k": 5}}, "generation_kwargs has .'top_k'"),
         ({"advantage_estimator": "leave_one_out"}, "leave_one_out.*num_generations=1"),
-        ({"policy_objective": "penalty"}, "policy_objective='penalty'"),
+        ({"policy_objective": "trpo"}, "policy_objective='trpo'"),
         ({"critic": "none"}, "critic='none'"),
         ({"gamma": 1.5}, "gamma=1.5"),
         ({"kl_coef": -1.0}, "kl_coef=-1.0"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.models.checkpoints import check_checkpoint
@@ -22,7 +23,7 @@ def build(folder, lora, **config):
         "max_steps": 9,
         "save_steps": 3,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
+        "logging_steps": 2,  # a checkpoint at 3 lies between two of them
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -35,13 +36,14 @@ def build(folder, lora, **config):
         model=tiny_reward_model("llama", tiny_tokenizer()),
         args=PreferenceRewardConfig(str(folder), **options),
         train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]),
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
     )
 
 
 def end_of(trainer):
-    names = ("loss", "accuracy", "margin", "learning_rate")
+    names = ("loss", "accuracy", "margin", "learning_rate", "num_tokens")
     logs = [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry]
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}, logs
 
@@ -61,6 +63,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora, step):
     assert logs_found == logs
     head = next(p for n, p in resumed.model.named_parameters() if "score" in n and "original_module" not in n)
     assert head.requires_grad and head.dtype == torch.float32
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_model_is_found_again(tmp_path, limit):
+    """`Trainer` notes the best checkpoint by the folder it was written in, which is renamed afterwards."""
+    steps = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": limit}
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 3e-2}
+    trainer = build(tmp_path, False, **steps, **best)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    step = max(losses, key=losses.get)
+    assert step != 9, "the last one would prove nothing"
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{step}")
+    kept = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
