@@ -116,8 +116,9 @@ def main() -> int:
             "columns": ["processes", "kills", "ended bit-equal to the run that was not killed", "resumed at steps"],
             "rows": [[r["processes"], r["kills"], r["same"], ", ".join(map(str, r["resumed_at"]))] for r in rows],
             "notes": [
-                f"SIGKILL at a uniform time of a run of {STEPS} steps, a checkpoint every {SAVE_STEPS}, a rollout every "
-                "4; 0: before the first checkpoint. Equal: weights of all roles and every logged number but times."
+                f"SIGKILL at a uniform time of a run of {STEPS} steps, a checkpoint every {SAVE_STEPS}, a rollout "
+                "every 4; 0: before the first checkpoint. Equal: weights of all roles and every logged number but "
+                "times."
             ],
         }
         print(json.dumps(result, indent=2))
