@@ -89,8 +89,8 @@ class RunShape:
             raise ValueError(f"sharding={self.sharding!r} is unknown; choose one of {list(SHARDINGS)}.")
         if self.quantization is not None and self.sharding in ("zero3", "fsdp2"):
             raise ValueError(
-                f"sharding={self.sharding!r} with a quantised base is not supported here. Use 'ddp' or 'zero2', which "
-                "keep the base whole on every rank, or load it in bfloat16."
+                f"sharding={self.sharding!r} with a quantised base cannot be planned yet. Plan with 'ddp' or 'zero2', "
+                "which keep the base whole on every rank, or with a base in bfloat16."
             )
 
 
