@@ -64,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model", help="folder of a causal language model instead of a random one")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of --model")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=["one_base", "four_copies"])
     parser.add_argument("--allocator", choices=["returning", "default"], default="returning")
     parser.add_argument("--result", type=Path, help="JSON for benchmarks/results.py")
@@ -72,7 +73,7 @@ def main() -> int:
     if arguments.run:
         arm = ARMS[arguments.run]
         if arguments.model:
-            arm = replace(arm, model=arguments.model, dtype="bfloat16")
+            arm = replace(arm, model=arguments.model, dtype=arguments.dtype)
         print(json.dumps(run(arm, arguments.output_dir / arguments.run)))
         return 0
     measured = {name: measure(name, arguments) for name in arguments.arms}
@@ -89,7 +90,7 @@ def main() -> int:
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one arm in a process of its own and read the line it prints last."""
     line = [sys.executable, __file__, "--run", name, "--output_dir", str(arguments.output_dir)]
-    line += ["--model", arguments.model] if arguments.model else []
+    line += ["--model", arguments.model, "--dtype", arguments.dtype] if arguments.model else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= ALLOCATOR if arguments.allocator == "returning" else {}
@@ -129,7 +130,7 @@ def result(measured: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     title = list(NOTES)[against]
     line = f"python benchmarks/memory.py --output_dir {arguments.output_dir}"
     if arguments.model:
-        line += " --model MODEL"
+        line += f" --model MODEL --dtype {arguments.dtype}"
     if arguments.arms != ["one_base", "four_copies"]:
         line += f" --arms {' '.join(arguments.arms)}"
     return {
@@ -148,6 +149,7 @@ def run(arm: Arm, folder: Path) -> dict[str, Any]:
     """Train two steps, each with a rollout of its own; bytes."""
     import torch
     import trl  # noqa: F401
+    from transformers import AutoTokenizer
 
     from rlhf_ext import PPOTrainer  # noqa: F401
     from rlhf_ext.models import memory, memory_plan, reward_functions  # noqa: F401
@@ -158,10 +160,11 @@ def run(arm: Arm, folder: Path) -> dict[str, Any]:
     trainer, _ = build(tiny, folder / "tiny")
     trainer.train()
     del trainer
+    tokenizer = AutoTokenizer.from_pretrained(arm.model) if arm.model else None  # large vocabularies take 200 MiB
     release()
     meter = memory.PeakMemory()
     baseline = meter.now()
-    trainer, shape = build(arm, folder)
+    trainer, shape = build(arm, folder, tokenizer)
     release()
     built = meter.now() - baseline
     meter.reset()
@@ -201,7 +204,7 @@ def off_the_file(model: Any) -> Any:
     return model
 
 
-def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
+def build(arm: Arm, folder: Path, tokenizer: Any = None) -> tuple[Any, Any]:
     """The trainer of an arm, and what to plan (None for copies, which no user would train)."""
     import torch
     from datasets import Dataset
@@ -216,7 +219,7 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
     from rlhf_ext.models.scoring import ModelReward
 
     dtype = getattr(torch, arm.dtype)
-    source, tokenizer = make_model(arm, folder)
+    source, tokenizer = (arm.model, tokenizer) if arm.model else make_model(arm, folder)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -306,14 +309,12 @@ def build(arm: Arm, folder: Path) -> tuple[Any, Any]:
 
 
 def make_model(arm: Arm, folder: Path) -> tuple[str, Any]:
-    """Folder of the base (random weights unless `--model` names one), and its tokenizer."""
+    """Folder of a base with random weights, and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    if arm.model:
-        return arm.model, AutoTokenizer.from_pretrained(arm.model)
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

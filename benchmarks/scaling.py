@@ -8,8 +8,8 @@ measured on a GPU. N = parameters of the decoder's layers and the head, T = toke
                  (bytes of the weights + bytes of the cache so far) / W, 2 N rows / F, layers x host
     scoring      4 forwards (old log-probabilities, reference, values, reward): 4 x 2 N T / F
     update       epochs x 2 roles (policy, critic) x (2 forward + 2 backward + 2 recomputed) N T / F
-    gathering    FSDP2 and ZeRO-3 move the weights over the network once per forward and per backward, and once per
-                 sampled token: bytes x (ranks - 1) / ranks / L each
+    gathering    FSDP2 and ZeRO-3 move the weights over the network once per forward, recomputation and backward, and
+                 once per sampled token: bytes x (ranks - 1) / ranks / L each
 
 F = sustained FLOP/s, W = sustained memory bandwidth, L = sustained bandwidth of the network into one GPU. Frozen
 weights need no gradient of their own, so a LoRA backward costs 2 N a token, not 4 N.
@@ -22,8 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ext.models.memory_plan import MemoryPlan, plan_memory
+import torch
+
+from rlhf_ext.models.memory_plan import MemoryPlan, plan_memory, trace_run
 from rlhf_ext.models.memory_shape import RunShape
+from rlhf_ext.models.memory_trace import Activations
 from rlhf_ext.pipelines.environment import read_arguments, run_shape
 
 
@@ -57,7 +60,9 @@ def step_seconds(shape: RunShape, plan: MemoryPlan, card: Card, epochs: int) -> 
     layer = 2 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     layer += 2 * config.hidden_size * config.hidden_size * config.num_key_value_heads // config.num_attention_heads
     parameters = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    flops, bandwidth = card.flops * card.compute_share, card.bandwidth * card.bandwidth_share
+    # Weights in fp32 are multiplied as TF32, at half the rate of bf16.
+    flops = card.flops * card.compute_share / (2 if shape.dtype == torch.float32 else 1)
+    bandwidth = card.bandwidth * card.bandwidth_share
     sharded = shape.sharding in ("zero3", "fsdp2")
     weights = plan.parts["base"] * (shape.ranks if sharded else 1)
     gather = weights * (shape.ranks - 1) / shape.ranks / (card.network * card.network_share) if sharded else 0.0
@@ -86,12 +91,13 @@ def cases() -> list[tuple[str, RunShape, Card, int]]:
     seventy = run_shape(*arguments, model_config=str(ROOT / "docs" / "llama3_70b.json"))
     epochs = arguments[1].num_iterations
     whole = replace(seventy, quantization=None)
+    zero3 = {"gathers_for_generation": False}
     found = [("8B, NF4", eight, CONSUMER, epochs)]
     for ranks, card in ((8, NODE), (64, CLUSTER)):
         found += [
             (f"70B, NF4, DDP x {ranks}", replace(seventy, ranks=ranks, sharding="ddp"), card, epochs),
             (f"70B, bf16, FSDP2 x {ranks}", replace(whole, ranks=ranks, sharding="fsdp2"), card, epochs),
-            (f"70B, bf16, ZeRO-3 x {ranks}", replace(whole, ranks=ranks, sharding="zero3"), card, epochs),
+            (f"70B, fp32, ZeRO-3 x {ranks}", replace(whole, ranks=ranks, sharding="zero3", **zero3), card, epochs),
         ]
     return found
 
@@ -101,10 +107,12 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True, help="JSON for benchmarks/results.py")
     arguments = parser.parse_args()
     rows: list[list[Any]] = []
-    plans: dict[tuple, MemoryPlan] = {}
+    traced: dict[tuple, Activations] = {}
     for name, shape, card, epochs in cases():
-        key = (shape.config.num_hidden_layers, shape.quantization is None, shape.sharding, shape.ranks)
-        plan = plans.setdefault(key, plan_memory(shape))
+        key = (shape.config.num_hidden_layers, shape.quantization is None, shape.dtype)
+        if key not in traced:
+            traced[key] = trace_run(shape)
+        plan = plan_memory(shape, traced[key])
         seconds = step_seconds(shape, plan, card, epochs)
         gib = {part: size / 2**30 for part, size in plan.parts.items()}
         rows.append(

@@ -77,13 +77,8 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
     # Build and train
     rewards = [script_args.reward_model_path] if script_args.reward_model_path else []
     rewards += [import_function(name) for name in script_args.reward_funcs or []]
-    plan = plan_or_none(
-        script_args,
-        training_args,
-        model_args,
-        training_args.device.type,
-        prompt_length=max(summary.prompt_tokens["max"] for summary in summaries.values()),
-    )
+    longest = max(summary.prompt_tokens["max"] for summary in summaries.values())
+    plan = plan_or_none(script_args, training_args, model_args, longest)
     memory = MemoryCallback(training_args.device, plan)  # before the models, which it measures
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,

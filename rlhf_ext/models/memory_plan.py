@@ -23,8 +23,9 @@ from .memory_shape import (
     decode_workspace,
     layer_bytes,
     owner_of,
+    strided_head,
 )
-from .memory_trace import trace_activations
+from .memory_trace import Activations, trace_activations
 from .roles import CRITIC
 
 
@@ -46,6 +47,7 @@ REMEDIES = {
     "optimizer workspace": "optim='adamw_torch_fused'",
     "rollout tensors": "a smaller per_device_train_batch_size x steps_per_generation",
     "gathered": "fewer parameters per layer",
+    "whole policy": "ds3_gather_for_generation=False, or a base in 4 bits under ddp",
     "buckets": "a smaller lora_r, or a smaller reduce_bucket_size in the DeepSpeed configuration",
     "optimizer": "optim='paged_adamw_8bit', LoRA, or zero2.yaml",
     "cache": "a smaller per_device_train_batch_size x steps_per_generation, or a shorter max_completion_length",
@@ -120,17 +122,10 @@ def count_parts(shape: RunShape, model: nn.Module, quantized: set[str]) -> dict[
     }
 
 
-def plan_memory(shape: RunShape) -> MemoryPlan:
-    """Add up what one process of the run holds.
-
-    Returns:
-        [`MemoryPlan`]: bytes by part and by phase.
-    """
+def trace_run(shape: RunShape) -> Activations:
+    """Activations of the run; they do not depend on how many ranks there are."""
     model, quantized = build_on_meta(shape)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parts = count_parts(shape, model, quantized)
-    layer = max(layer_bytes(base))
-    traced = trace_activations(
+    return trace_activations(
         model,
         quantized=quantized,
         compute_dtype=compute_dtype(shape),
@@ -143,21 +138,38 @@ def plan_memory(shape: RunShape) -> MemoryPlan:
         accumulates=shape.accumulates,
         device=shape.device,
     )
+
+
+def plan_memory(shape: RunShape, activations: Activations | None = None) -> MemoryPlan:
+    """Add up what one process of the run holds.
+
+    Args:
+        activations ([`~rlhf_ext.models.memory_trace.Activations`], *optional*):
+            Those of [`trace_run`] for another number of ranks; tracing 80 layers takes half a minute.
+
+    Returns:
+        [`MemoryPlan`]: bytes by part and by phase.
+    """
+    model, quantized = build_on_meta(shape)
+    parts = count_parts(shape, model, quantized)
+    layer = max(layer_bytes(model.get_base_model() if isinstance(model, PeftModel) else model))
+    traced = trace_run(shape) if activations is None else activations
     parts |= {
         # Without accumulation the first micro-batch starts from none, and few are there when activations are most.
         "gradients so far": parts["gradients"] if shape.accumulates else traced.gradients,
         "activations": traced.update,
         "scoring": traced.scoring,
-        "prompts": traced.prefill,
+        "prompts": traced.prefill + strided_head(shape),
     }
     _share(parts, shape, layer)
     resident = ["base", "reference", "critic model", "reward model", "adapters, heads", "optimizer"]
     resident += [name for name in ("gathered", "buckets", "reserve") if name in parts]
+    whole = ["whole policy"] if "whole policy" in parts else []
     return MemoryPlan(
         parts=parts,
         phases={
-            "reading prompts": [*resident, "prompts"],
-            "sampling": [*resident, "cache", "sampling"],
+            "reading prompts": [*resident, *whole, "prompts"],
+            "sampling": [*resident, *whole, "cache", "sampling"],
             "scoring": [*resident, "rollout tensors", "scoring"],
             "update": [*resident, "rollout tensors", "gradients so far", "activations"],
             "optimizer step": [*resident, "rollout tensors", "gradients", "optimizer workspace"],
@@ -175,8 +187,11 @@ def _share(parts: dict[str, int], shape: RunShape, layer: int) -> None:
         # Gradients are reduced through a bucket and kept by their rank, which also holds its part in fp32 once more.
         parts["buckets"] = min(trained, 4 * ZERO_BUCKET)
         parts["optimizer"] = math.ceil((parts["optimizer"] + trained) / ranks)
+    if sharding == "zero3" and shape.gathers_for_generation:
+        parts["whole policy"] = parts["base"] + parts["adapters, heads"]
     if sharding in ("zero3", "fsdp2"):
-        for name in ("base", "reference", "critic model", "reward model", "adapters, heads", "optimizer"):
+        # Reward models of their own are not prepared, so they stay whole.
+        for name in ("base", "reference", "critic model", "adapters, heads", "optimizer"):
             parts[name] = math.ceil(parts[name] / ranks)
         parts["gathered"] = GATHERED_LAYERS * layer
         if sharding == "zero3":

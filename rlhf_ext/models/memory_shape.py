@@ -53,11 +53,13 @@ class RunShape:
         reference (`str`):
             `"base"` (the base without adapter), `"adapter"` (a copy of the policy's adapter), `"copy"`, or `"none"`.
         critic (`str`):
-            `"adapter"`, `"model"` or `"none"`.
+            `"adapter"`, `"shared"`, `"model"` or `"none"`.
         rows, rollout (`int`):
             Rows of a micro-batch, and rows of a rollout on one process.
         ranks, sharding (`int`, `str`):
             Processes, and how they share: one of `SHARDINGS`.
+        gathers_for_generation (`bool`):
+            Whether ZeRO-3 puts the policy together on every rank while it samples (`ds3_gather_for_generation`).
     """
 
     config: PretrainedConfig
@@ -81,12 +83,16 @@ class RunShape:
     device: str = "cuda"
     ranks: int = 1
     sharding: str = "none"
+    gathers_for_generation: bool = True
 
     def __post_init__(self) -> None:
         if self.optim not in OPTIMIZER_BYTES:
             raise ValueError(f"optim={self.optim!r} has no known size; the plan knows {sorted(OPTIMIZER_BYTES)}.")
         if self.sharding not in SHARDINGS:
             raise ValueError(f"sharding={self.sharding!r} is unknown; choose one of {list(SHARDINGS)}.")
+        if self.sharding == "zero3":
+            # Our configurations leave DeepSpeed's bf16 mode off, since it casts adapters and heads; then all is fp32.
+            self.dtype, self.autocast = torch.float32, False
         if self.quantization is not None and self.sharding in ("zero3", "fsdp2"):
             raise ValueError(
                 f"sharding={self.sharding!r} with a quantised base cannot be planned yet. Plan with 'ddp' or 'zero2', "
@@ -114,7 +120,7 @@ def build_on_meta(shape: RunShape) -> tuple[nn.Module, set[str]]:
                 trains = f".{POLICY}." in name or f".{CRITIC}." in name
                 parameter.requires_grad_(".lora_" in name and trains)
         hidden = shape.config.get_text_config().hidden_size
-        for role in (REWARD, CRITIC) if shape.critic == "adapter" else (REWARD,):
+        for role in (REWARD, CRITIC) if shape.critic in ("adapter", "shared") else (REWARD,):
             if shape.reward_lora is not None:
                 head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32).requires_grad_(role == CRITIC)
                 base.add_module(f"{role}_head", head)
@@ -170,6 +176,15 @@ def decode_workspace(shape: RunShape) -> int:
     config = shape.config.get_text_config()
     logits = shape.rollout * config.vocab_size * (hidden_dtype(shape).itemsize + 4 * 4)
     return max(logits, cache_bytes(shape) // (2 * config.num_hidden_layers))
+
+
+def strided_head(shape: RunShape) -> int:
+    """On a CPU torch 2.13 multiplies the last positions of a prompt, a strided slice, with a bf16 head as a batch of
+    products: it copies the head once per row. Not so in fp32, nor once a position is sampled."""
+    config = shape.config.get_text_config()
+    if shape.device != "cpu" or hidden_dtype(shape) != torch.bfloat16 or shape.rollout == 1:
+        return 0
+    return shape.rollout * config.vocab_size * config.hidden_size * 2
 
 
 def hidden_dtype(shape: RunShape) -> torch.dtype:

@@ -8,7 +8,7 @@ bitsandbytes restores for the length of one product.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from .roles import CRITIC, RoleSwitch, base_of, checkpoint_context
+from .roles import CRITIC, REWARD, RoleSwitch, base_of, checkpoint_context
 
 
 # TRL's chunked head works on tiles of this many tokens and entries of the vocabulary (pinned in tests/test_seams.py).
@@ -182,7 +182,9 @@ def trace_activations(
                 return own.score(hidden).float().sum()
             if getattr(base, f"{CRITIC}_head", None) is None:
                 return torch.zeros(())
-            with switch.use(CRITIC):
+            # A shared critic is a second head on the frozen reward adapter.
+            own_adapter = CRITIC in model.peft_config
+            with switch.use(CRITIC if own_adapter else REWARD), nullcontext() if own_adapter else torch.no_grad():
                 hidden = base.base_model(**_inputs(rows, length), use_cache=False).last_hidden_state
             return base.critic_head(hidden.to(base.critic_head.weight.dtype)).sum()
 

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -173,6 +172,7 @@ def run_shape(
         optim=getattr(training_args.optim, "value", training_args.optim),
         attn_implementation=model_args.attn_implementation,
         device=device,
+        gathers_for_generation=training_args.ds3_gather_for_generation,
     )
 
 
@@ -231,10 +231,21 @@ def plan_lines(plan: MemoryPlan, shape: RunShape, card: int | None) -> list[str]
     return lines
 
 
-def plan_or_none(*arguments: Any, **kwargs: Any) -> MemoryPlan | None:
-    """The plan of a recipe's own arguments; `None`, with a warning, where it cannot be made: no run fails for that."""
+def plan_or_none(
+    script_args: PromptArguments, training_args: PPOConfig, model_args: ModelConfig, prompt_length: int
+) -> MemoryPlan | None:
+    """The plan of a running recipe; `None`, with a warning, where it cannot be made: no run fails for that.
+
+    Under DeepSpeed and FSDP there is none: a model built there is cut up, be it for a plan.
+    """
+    state = training_args.distributed_state
+    if state.distributed_type.value in ("DEEPSPEED", "FSDP") or not state.is_main_process:
+        return None
+    device = "cuda" if training_args.device.type == "cuda" else "cpu"
     try:
-        return plan_memory(run_shape(*arguments, **kwargs))
+        shape = run_shape(script_args, training_args, model_args, device, prompt_length=prompt_length)
+        shape = replace(shape, ranks=state.num_processes, sharding="ddp" if state.num_processes > 1 else "none")
+        return plan_memory(shape)
     except Exception as error:
         logger.warning(f"No memory plan: {type(error).__name__}: {error}")
         return None
