@@ -15,11 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer
+from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.trainer import utils as trl_utils
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardTrainer
+from rlhf_ext.models import memory_trace
 from rlhf_ext.trainers import ppo_config, ppo_rollout, ppo_trainer
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout
@@ -515,3 +518,12 @@ def test_what_a_checkpoint_of_ppo_holds_of_the_parent(trainer):
     assert "self._globalstep_last_logged = self.state.global_step" in loop
     saving = inspect.getsource(Trainer._save_checkpoint)
     assert "self._get_output_dir(trial=trial)" in saving and "self._push_from_checkpoint(output_dir)" in saving
+
+
+# Memory plan
+
+
+def test_the_fused_head_works_on_tiles_of_the_planned_size():
+    """The plan adds the tiles of TRL's chunked log-probabilities by size: fake tensors do not show them."""
+    assert memory_trace.TILE_TOKENS == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert memory_trace.TILE_VOCABULARY == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
