@@ -90,9 +90,12 @@ def candidates_loss(
         first = torch.zeros_like(pairs)
         first[:, 0] = 1.0
         parts.append((1, *preference_loss(pairs, first, prediction_noise=prediction_noise, reduction="mean")))
-    loss = sum(count * part for count, part, _ in parts) / len(rewards)
+    zero = rewards.new_zeros(())
+    loss = sum((count * part for count, part, _ in parts), start=zero) / len(rewards)
     names = ("accuracy", "margin")
-    metrics = {name: sum(count * part[name] for count, _, part in parts) / len(rewards) for name in names}
+    metrics = {
+        name: sum((count * part[name] for count, _, part in parts), start=zero) / len(rewards) for name in names
+    }
     return loss, metrics
 
 
