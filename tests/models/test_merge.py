@@ -111,8 +111,12 @@ def test_dtype_is_written_and_the_sum_is_taken_in_float32(base, tmp_path):
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-@pytest.mark.parametrize("on_disk", [True, False], ids=["quantised_checkpoint", "quantised_when_loaded"])
-def test_a_quantised_base(tmp_path, on_disk):
+@pytest.mark.parametrize(
+    ("settings", "on_disk"),
+    [(NF4, True), (NF4, False), ({"load_in_8bit": True}, False)],
+    ids=["nf4_checkpoint", "nf4_when_loaded", "int8_when_loaded"],
+)
+def test_a_quantised_base(tmp_path, settings, on_disk):
     """Merged as the weights it computed with; 64 wide, the block of NF4."""
     tokenizer = tiny_tokenizer()
     wide = tiny_causal_lm("llama", tokenizer, hidden_size=64, intermediate_size=128)
@@ -120,7 +124,7 @@ def test_a_quantised_base(tmp_path, on_disk):
     tokenizer.save_pretrained(tmp_path / "base")
     name = str(tmp_path / "base")
     quantised = AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=BitsAndBytesConfig(**NF4), dtype=torch.float32
+        name, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32
     )
     if on_disk:
         quantised.save_pretrained(tmp_path / "nf4")
@@ -132,7 +136,7 @@ def test_a_quantised_base(tmp_path, on_disk):
     with torch.no_grad():
         expected = model.train()(input_ids=IDS).logits
     line = ["merge", "--adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
-    with pytest.raises(SystemExit, match="is quantised .*4-bit.*--dequantize"):
+    with pytest.raises(SystemExit, match=f"is quantised .*{4 if settings is NF4 else 8}-bit.*--dequantize"):
         cli.main(line)
     assert not (tmp_path / "merged").exists()
     assert cli.main([*line, "--dequantize", "--dtype", "float32"]) == 0
