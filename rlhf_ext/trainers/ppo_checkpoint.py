@@ -19,7 +19,7 @@ from ..models.sharding import add_frozen, is_in_pieces
 
 
 # A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
-# reached otherwise.
+# reached otherwise. A learning rate comes back with the schedule, so that another one would be passed over in silence.
 SAME_ON_RESUME = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -32,6 +32,8 @@ SAME_ON_RESUME = (
     "policy_objective",
     "advantage_estimator",
     "reward_weights",
+    "learning_rate",
+    "critic_learning_rate",
     "adaptive_kl_target",
     "penalty_kl_target",
 )
