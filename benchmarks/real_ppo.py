@@ -1,7 +1,8 @@
 """What a PPO run did: permutation test of the last updates' scores against the first, KL, lengths, samples.
 
     python benchmarks/real_ppo.py --run runs/real/ppo --control runs/real/ppo_shuffled \
-        --result benchmarks/results/ppo_gemma270m.json --samples docs/samples_gemma270m.md
+        --result benchmarks/results/ppo_gemma270m.json --samples docs/samples_gemma270m.md \
+        --plot docs/ppo_gemma270m.png
 
 Reads `trainer_state.json` of the last checkpoint and the completions tables (`log_completions: true`).
 """
@@ -60,12 +61,38 @@ def summarise(folder: Path, name: str) -> list:
     ]
 
 
+def draw(runs: dict[str, Path | None], file: Path) -> None:
+    """Curves of every run, one panel per logged number; the scores of two reward models have no common scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "reward": "score, mean of a rollout",
+        "kl": "KL, nats per sequence",
+        "value_loss": "value loss",
+        "value/explained_variance": "explained variance",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(14, 3), layout="constrained")
+    for name, folder in runs.items():
+        if folder is None:
+            continue
+        updates, _ = read_run(folder)
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
+            axis.plot(range(1, len(updates) + 1), [entry[key] for entry in updates], label=name)
+            axis.set(title=title, xlabel="update")
+    axes[0].legend()
+    figure.savefig(file, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--control", type=Path)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--samples", type=Path)
+    parser.add_argument("--plot", type=Path, help="curves over updates, as PNG")
     parser.add_argument("--command", default="")
     args = parser.parse_args()
     rows = [summarise(args.run, "reward model")]
@@ -92,6 +119,8 @@ def main() -> None:
     }
     args.result.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    if args.plot is not None:
+        draw({"reward model": args.run, "shuffled labels": args.control}, args.plot)
     if args.samples is not None:
         _, frame = read_run(args.run)
         steps = sorted(frame["step"].unique())
