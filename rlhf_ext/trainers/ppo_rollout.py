@@ -9,6 +9,7 @@ from ..functional import estimate_kl, masked_whiten, shape_rewards
 from ..functional.statistics import rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
+from ..models.token_rewards import pad_rows
 
 
 def token_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -53,7 +54,11 @@ class RolloutMixin:
             charged = torch.where(mask, estimate_kl(logps, reference, estimator=self.args.kl_estimator), 0.0)
         scored = ~rollout["scores"].isnan()
         rollout["rewards"] = shape_rewards(
-            torch.where(scored, rollout["scores"], 0.0), charged, mask, kl_coef=self.kl_coef
+            torch.where(scored, rollout["scores"], 0.0),
+            charged,
+            mask,
+            kl_coef=self.kl_coef,
+            token_rewards=pad_rows(self._token_rewards, like=logps) if self.token_rewards else None,
         )
         rollout["raw_rewards"] = rollout["rewards"]
         # A row without a score teaches nothing, not even through the moments.
@@ -95,7 +100,7 @@ class RolloutMixin:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         if self.critic == "shared":  # the forward that scored the rows gave them
             outputs = torch.zeros(mask.shape, device=ids.device)
-            outputs[mask.bool()] = torch.cat(self.reward_funcs[0].reward.values)
+            outputs[mask.bool()] = torch.cat(self.adapter_reward.values)
         else:
             outputs = torch.cat(
                 [
