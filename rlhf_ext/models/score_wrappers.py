@@ -188,6 +188,27 @@ class EnsembleSpread:
         return as_rewards(ensemble_spread(torch.stack(scores, dim=1)))
 
 
+def treated_score(
+    reward: Any,
+    *,
+    normalize: bool = False,
+    cut_at: str | int | None = None,
+    cut_min_index: int = 0,
+    cut_missing_score: float = -1.0,
+    clip: Sequence[float] | None = None,
+    missing_eos_penalty: float | None = None,
+) -> Any:
+    """`reward` in the wrappers that were asked for, in the order of these arguments, the first one innermost.
+
+    Raises:
+        ValueError: see the wrappers.
+    """
+    reward = Normalized(reward) if normalize else reward
+    reward = reward if cut_at is None else CutAt(reward, cut_at, cut_min_index, cut_missing_score)
+    reward = reward if clip is None else Clipped(reward, *clip)
+    return reward if not missing_eos_penalty else MissingEOS(reward, missing_eos_penalty)
+
+
 def parts_of(reward: Any) -> Iterator[Any]:
     """A reward, and everything that it wraps."""
     reward = getattr(reward, "reward", reward)

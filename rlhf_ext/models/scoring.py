@@ -13,7 +13,7 @@ from .pooling import (
 )
 from .reward_checkpoints import load_critic, load_reward_model, save_normalization, saved_normalization
 from .reward_functions import ModelReward, checked_reward
-from .score_wrappers import Clipped, CutAt, EnsembleSpread, MissingEOS, Normalized, ScoreWrapper
+from .score_wrappers import Clipped, CutAt, EnsembleSpread, MissingEOS, Normalized, ScoreWrapper, treated_score
 
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "set_normalization",
     "sum_token_scores",
     "token_scores",
+    "treated_score",
 ]
