@@ -74,6 +74,15 @@ def backward(trainer, batch):
     return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+def test_the_head_reads_no_strided_slice(tmp_path):
+    """On a CPU torch would copy a bf16 head once per row of the rollout."""
+    trainer, seen = build(tmp_path, reward_funcs=zero), []
+    head = trainer.roles.base.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: seen.append((args[0].shape, args[0].is_contiguous())))
+    rollout(trainer)
+    assert any(shape[:2] == (8, 1) for shape, _ in seen) and all(contiguous for _, contiguous in seen)
+
+
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
