@@ -34,6 +34,7 @@ from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
+from rlhf_ext.models.hub import check_model_name
 from rlhf_ext.models.scoring import treated_score
 from rlhf_ext.pipelines.environment import plan_or_none
 from rlhf_ext.trainers.memory_callback import MemoryCallback
@@ -62,6 +63,7 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     check_tokenizer(tokenizer)
 

@@ -18,8 +18,7 @@ from transformers.utils import logging
 
 from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
 from .base_quantization import QUANTIZATION_FILE
-from .hub import is_inside_repo, local_folder
-from .reward_checkpoints import find_file
+from .hub import find_file, is_inside_repo, local_folder
 from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, ScalarHead, base_of, bind_roles
 from .score_wrappers import parts_of, unit_of
 from .scoring import (

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
-from .hub import is_inside_repo, local_folder
+from .hub import find_file, is_inside_repo, local_folder
 from .pooling import pool_by_attention_mask, set_normalization
 from .sharding import whole_weights
 
@@ -297,18 +297,6 @@ def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         source = tensors.get(name.split(".")[-1])
         if source is not None and source.shape == parameter.shape:
             parameter.data.copy_(source)
-
-
-def find_file(path: str, name: str, revision: str | None = None) -> str | None:
-    """A file of a folder or of a repository on the Hub; `None` where it is not."""
-    return cached_file(
-        path,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
 
 
 def _read_json(file_name: str | None) -> dict[str, Any]:
