@@ -83,11 +83,14 @@ def check_model_name(name: str | None, field: str, revision: str | None = None) 
     """
     if not name:
         raise ValueError(f"{field} is empty. Give the folder of a model, or its id on the Hub.")
-    if any(find_file(name, file, revision) is not None for file in ("config.json", "adapter_config.json")):
-        return
-    where = (
-        f"holds {sorted(os.listdir(name))[:8]}" if os.path.isdir(name) else "is no folder, and no such id was found"
-    )
+    try:
+        if any(find_file(name, file, revision) is not None for file in ("config.json", "adapter_config.json")):
+            return
+    except OSError:  # neither a folder nor of the form of an id
+        pass
+    where = "is no folder, and no such id was found"
+    if os.path.isdir(name):
+        where = f"holds {sorted(os.listdir(name))[:8]}"
     raise ValueError(
         f"{field}={name!r} {where}: no config.json and no adapter_config.json. Give the folder of a model, or the id "
         "of one on the Hub that this machine can reach or has in its cache."
