@@ -25,7 +25,7 @@ from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardTrainer
 from rlhf_ext.models import memory_trace
 from rlhf_ext.trainers import ppo_config, ppo_rollout, ppo_trainer
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout
+from tests.trainers.ppo_runs import PROMPTS, make_trainer, rollout
 
 
 PACKAGE = Path(ppo_trainer.__file__).parents[1]

@@ -99,8 +99,8 @@ class RolloutMixin:
         ids, mask = whole_rows(batch)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         if self.critic == "shared":  # the forward that scored the rows gave them
-            outputs = torch.zeros(mask.shape, device=ids.device)
-            outputs[mask.bool()] = torch.cat(self.adapter_reward.values)
+            values = torch.cat(self.adapter_reward.values)
+            outputs = values.new_zeros(mask.shape).masked_scatter(mask.bool(), values)
         else:
             outputs = torch.cat(
                 [

@@ -1,4 +1,4 @@
-"""The rest of the family: PPO-Penalty, entropy bonus, early stop, critic warm-up, baselines, estimators of the KL."""
+"""The rest of the family over several steps: PPO-Penalty, early stop, critic warm-up. Losses: `test_ppo_pairs.py`."""
 
 import copy
 
@@ -6,99 +6,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlhf_ext.functional import compute_gae, discounted_returns, estimate_kl, masked_mean, shape_rewards
 from rlhf_ext.trainers.ppo_checkpoint import is_critic
-from rlhf_ext.trainers.ppo_rollout import token_mask
-from tests.trainers.test_ppo_loss import PROMPTS, gradients, make_trainer, micro_batches, proved_loss, rollout, stir
+from tests.trainers.ppo_runs import PROMPTS, make_trainer, rollout, stir
 from tests.trainers.test_ppo_roles import logged, weights
-
-
-def logits_of(model, prompt, completion, temperature):
-    """Full distributions of one row without padding, from an ordinary forward: `(C, V)` log-probabilities."""
-    ids = torch.cat([prompt, completion])[None]
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float() / temperature
-    return logits[len(prompt) - 1 : -1].log_softmax(-1)
-
-
-def distributions(trainer, batch):
-    """Of every row, as the policy is now."""
-    return [
-        logits_of(trainer.model, ids[mask.bool()], tokens[real.bool()], trainer.args.temperature)
-        for ids, mask, tokens, real in zip(
-            *(batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True
-        )
-    ]
-
-
-def extra_terms(trainer, old, batch):
-    """Penalty and entropy term by their definitions, over one common number of tokens."""
-    args, penalty, entropy = trainer.args, 0.0, 0.0
-    for then, now in zip(old, distributions(trainer, batch), strict=True):
-        entropy = entropy - (now.exp() * now).sum()
-        penalty = penalty + (then.exp() * (then - now)).sum()
-    tokens = int(batch["completion_mask"].sum())
-    return trainer.penalty_coef * penalty / tokens, -args.entropy_bonus_coef * entropy / tokens
-
-
-CASES = {
-    "penalty": {"policy_objective": "penalty", "penalty_coef": 0.7},
-    "penalty, hot, entropy": {
-        "policy_objective": "penalty",
-        "penalty_coef": 2.0,
-        "temperature": 0.7,
-        "entropy_bonus_coef": 0.3,
-    },
-    "clip, entropy": {"entropy_bonus_coef": 0.3},
-    "pg, entropy": {"policy_objective": "pg", "num_iterations": 1, "entropy_bonus_coef": 0.3},
-}
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_equal_the_definition_on_plain_logits(tmp_path, kind, case):
-    trainer = make_trainer(tmp_path, kind, **CASES[case])
-    is_penalty = trainer.args.policy_objective == "penalty"
-    batch = rollout(trainer)
-    with torch.no_grad():
-        old = distributions(trainer, batch)
-    stir(trainer)
-
-    losses = []
-    for part in micro_batches(batch, 2):
-        loss = trainer._compute_loss(trainer.model, part)
-        loss.backward()
-        losses.append(loss.detach())
-    found = gradients(trainer)
-
-    trainer.args.epsilon, trainer.args.epsilon_high, epsilon = (1.0, 1e9, 0.2) if is_penalty else (0.2, None, 0.2)
-    penalty, entropy = extra_terms(trainer, old, batch)
-    assert bool(penalty > 1e-4) and (entropy != 0) == ("entropy" in case)
-    expected = proved_loss(trainer, batch) + entropy + (penalty if is_penalty else 0.0)
-    expected.backward()
-    torch.testing.assert_close(sum(losses), expected.detach(), atol=1e-6, rtol=1e-6)
-    by_hand = gradients(trainer)
-    assert found.keys() == by_hand.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, by_hand[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_penalty_with_lora(tmp_path):
-    """The head does not train, so none is kept; base and adapter are those of the old policy."""
-    trainer = make_trainer(tmp_path, lora=True, policy_objective="penalty")
-    batch = rollout(trainer)
-    assert trainer._old_heads["train"] is None and batch["old_hidden"].shape[:2] == batch["completion_ids"].shape
-    with torch.no_grad():
-        old = distributions(trainer, batch)
-    stir(trainer)
-    trainer._get_per_token_logps_and_entropies(
-        trainer.model,
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-        batch["completion_ids"].size(1),
-    )
-    kl = trainer._kl_to_old(batch, trainer._take_hidden(batch)).sum() / batch["completion_mask"].sum()
-    expected, _ = extra_terms(trainer, old, batch)
-    torch.testing.assert_close(kl, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_an_evaluation_keeps_the_head_of_the_rollout_in_use(tmp_path):
@@ -185,39 +95,6 @@ def test_warm_up_moves_the_critic_alone(tmp_path):
         moved = {name for name in now if not torch.equal(now[name], before[name])}
         assert any(is_critic(name) for name in moved)
         assert any(not is_critic(name) for name in moved) == (step >= 4), step
-
-
-def test_batch_mean_is_subtracted_from_the_returns(tmp_path):
-    config = {"advantage_estimator": "returns", "critic": "none", "whiten_advantages": False}
-    trainer = make_trainer(tmp_path, baseline="batch_mean", **config)
-    batch = rollout(trainer)
-    mask = token_mask(batch)
-    kept = {}
-    stock = trainer.compute_advantages
-    trainer.compute_advantages = lambda rows: kept.update(rows) or stock(rows)
-    batch = rollout(trainer)
-    mask, returns = kept["mask"], discounted_returns(kept["rewards"], kept["mask"], gamma=1.0)
-    expected = torch.where(mask, returns - masked_mean(returns, mask), 0.0)
-    torch.testing.assert_close(batch["advantages"], expected, atol=1e-6, rtol=0)
-    assert abs(masked_mean(batch["advantages"], mask)) < 1e-6
-
-
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_other_estimators_charge_the_reward_and_nothing_else(tmp_path, estimator, caplog):
-    trainer = make_trainer(tmp_path, kl_estimator=estimator, kl_coef=0.5, whiten_advantages=False)
-    stir(trainer)  # away from the reference
-    kept, stock = {}, trainer.compute_advantages
-    trainer.compute_advantages = lambda rows: kept.update(rows) or stock(rows)
-    batch = rollout(trainer)
-    mask = kept["mask"]
-    reference = torch.where(mask, trainer._reference_logps(batch, "train"), 0.0)
-    k1, other = (estimate_kl(kept["old_per_token_logps"], reference, estimator=e) for e in ("k1", estimator))
-    torch.testing.assert_close(kept["kl"], torch.where(mask, k1, 0.0), atol=1e-6, rtol=0)
-    paid = shape_rewards(kept["scores"], torch.where(mask, other, 0.0), mask, kl_coef=0.5)
-    torch.testing.assert_close(kept["rewards"], paid, atol=1e-5, rtol=0)
-    assert (paid - shape_rewards(kept["scores"], kept["kl"], mask, kl_coef=0.5)).abs().max() > 1e-3
-    advantages, _ = compute_gae(paid, kept["values"], mask, gamma=1.0, gae_lambda=0.95)
-    torch.testing.assert_close(batch["advantages"], advantages, atol=1e-5, rtol=0)
 
 
 def test_zero_terms_change_nothing(tmp_path):

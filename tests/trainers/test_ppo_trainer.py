@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.models.scoring import ModelReward, last_token_scores, load_reward_model
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout
+from tests.trainers.ppo_runs import PROMPTS, make_trainer, rollout
 
 
 def build(tmp_path, *, rows=None, config=None, policy=None, tokenizer=None, **kwargs):
