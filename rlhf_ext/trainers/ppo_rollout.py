@@ -6,7 +6,7 @@ Shapes: B rows of this process, P prompt tokens (left-padded), C completion toke
 import torch
 
 from ..functional import estimate_kl, masked_whiten, shape_rewards
-from ..functional.statistics import rollout_statistics, row_means
+from ..functional.statistics import completion_statistics, rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
 from ..models.token_rewards import pad_rows
@@ -162,6 +162,11 @@ class RolloutMixin:
         self._logs["advantages"].extend(per_row.tolist())
         if mode == "train" and self.kl_controller is not None:
             self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
+
+    def _log_completions(self, batch: dict[str, torch.Tensor], mode: str) -> None:
+        ids, mask = self._gather(batch["completion_ids"]), self._gather(batch["completion_mask"]).bool()
+        for name, value in completion_statistics(ids, mask, eos_token_ids=list(self.eos_token_ids)).items():
+            self._metrics[mode][name].append(value.item())
 
     def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"

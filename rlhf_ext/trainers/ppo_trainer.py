@@ -44,10 +44,11 @@ from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rewards import RewardsMixin
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
+from .ppo_throughput import StepClock, ThroughputMixin
 from .ppo_update import StepGuard, UpdateMixin
 
 
-class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
+class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -253,6 +254,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, CheckpointMixin, PPOCa
         self._step_kl = torch.zeros(2, device=self.accelerator.device)
         if args.target_kl is not None or args.critic_warmup_rollouts:
             self.add_callback(StepGuard(self))
+        self.add_callback(StepClock(self))
         # The parent's loss keeps its log-probabilities to itself; its forward's output does not.
         self._outputs = None
         self.model.register_forward_hook(self._keep_outputs)
@@ -283,6 +285,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, CheckpointMixin, PPOCa
         if self.args.policy_objective == "pg":
             batch.pop("old_per_token_logps", None)
         self._log_rollout(rollout, mode)
+        self._log_completions(batch, mode)
         return batch
 
     def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -133,8 +133,10 @@ def plain_values(now, rows, critic):
     return now.numbers(rows, "critic_head.weight", adapter="critic")
 
 
-def plain_rewards(args, critic, rows, now, reference, scores, kl_coef, allowed=None):
+def plain_rewards(args, critic, rows, now, reference, scores, kl_coef, allowed=None, token_rewards=None):
     """What the trainer adds to what it sampled, `(B, C)` each; `scores (B,)` are weighted."""
+    if token_rewards is not None:
+        token_rewards = pad([torch.tensor(row, dtype=torch.float64) for row in token_rewards])
     mask, found = rows.mask, {"scores": scores}
     raw = now.logits(rows, args.temperature)
     logps = drawn(raw, rows)
@@ -145,7 +147,7 @@ def plain_rewards(args, critic, rows, now, reference, scores, kl_coef, allowed=N
         rho = drawn(reference, rows)
         found["kl"] = estimate_kl(logps, rho, estimator="k1")
         charged = estimate_kl(logps, rho, estimator=args.kl_estimator)
-    found["rewards"] = shape_rewards(scores, charged, mask, kl_coef=kl_coef)
+    found["rewards"] = shape_rewards(scores, charged, mask, kl_coef=kl_coef, token_rewards=token_rewards)
     if args.whiten_rewards:
         found["rewards"] = masked_whiten(found["rewards"], mask, shift_mean=False)
     if critic != "none":

@@ -20,7 +20,7 @@ from tests.trainers.plain_ppo import Plain, Rows, plain_advantages, plain_loss, 
 from tests.trainers.ppo_runs import ARGUMENTS, PROMPTS, micro_batches, stir
 
 
-NOT_FIELDS = ("tuning", "architecture", "batching", "mask_top_p", "reward_weights")
+NOT_FIELDS = ("tuning", "architecture", "batching", "mask_top_p", "reward_weights", "token_rewards")
 BATCHING = {"1 x 8": (8, 1, 1), "2 x 4": (4, 2, 2), "2 steps": (4, 2, 1)}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
@@ -57,6 +57,11 @@ def start_of(row):
     return get_peft_model(policy, LoraConfig(**LORA))
 
 
+def by_token(completion_ids, **kwargs):
+    """A reward of every token, by its id and its place."""
+    return [[0.1 * (token % 5) - 0.05 * place for place, token in enumerate(ids)] for ids in completion_ids]
+
+
 def build(row, folder, adapters, dtype=torch.float64):
     tokenizer, kind = tiny_tokenizer(), row["architecture"]
     args = arguments(row, folder)
@@ -69,6 +74,7 @@ def build(row, folder, adapters, dtype=torch.float64):
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA) if row["tuning"] == "lora" else None,
         reward_adapter=adapters(kind) if shares else None,
+        token_reward_funcs=by_token if row["token_rewards"] else None,
     )
     others = [trainer.reference, trainer.roles.target, getattr(trainer.reward_funcs[0].reward, "model", None)]
     for model in (trainer.model, *others):
@@ -161,7 +167,8 @@ class Case:
             numbers = self.plain(reward).numbers(rows, "score.weight")
         scores = torch.stack([number[-1] for number in numbers]) * (row["reward_weights"] or 1.0)
         self.masks = self.read_masks(batch)
-        old = plain_rewards(args, row["critic"], rows, now, reference, scores, kl_coef, self.masks)
+        by_place = by_token([ids.tolist() for ids in rows.completions]) if row["token_rewards"] else None
+        old = plain_rewards(args, row["critic"], rows, now, reference, scores, kl_coef, self.masks, by_place)
         assert torch.equal(kept["mask"], rows.mask)
         assert (row["kl_coef"] > 0) == bool(old["kl"].abs().max() > 1e-2), "the policy has to be off its reference"
         for name in old.keys() - {"old_distributions"}:

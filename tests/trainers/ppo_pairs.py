@@ -27,6 +27,7 @@ FACTORS = {
     "temperature": [1.0, 0.7],
     "num_generations": [1, 2],
     "reward_weights": [None, 0.5],
+    "token_rewards": [False, True],
     "tuning": ["full", "lora", "adapter"],  # adapter: goes on from one, which is the reference
     "gradient_checkpointing": [False, True],
     "target_kl": [None, 1e-4],
