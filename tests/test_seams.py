@@ -403,6 +403,7 @@ def test_foreign_keys_stay_aligned_through_shuffle_and_split(trainer, monkeypatc
     rows = torch.arange(8)
     given = {
         "completion_ids": rows[:, None].repeat(1, 3),
+        "completion_mask": torch.ones(8, 3, dtype=torch.long),
         "values": rows[:, None].repeat(1, 3).float(),
         "num_items_in_batch": torch.tensor(5),
     }
