@@ -75,25 +75,6 @@ def test_all_tokens_allowed_is_ppo_bit_for_bit(tmp_path, lora):
     assert found[0].keys() == found[1].keys() and same(*found)
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("llama", False), ("gpt2", False), ("llama", True)])
-def test_samples_lie_in_the_masks_of_the_masking_policy(tmp_path, kind, lora):
-    trainer = make_nlpo(tmp_path, kind, lora, temperature=0.8)
-    stir(trainer)  # so that masking policy and policy differ
-    batch = rollout(trainer)
-    mask, allowed = token_mask(batch), masks_of(trainer, batch)
-    assert len(set(batch["prompt_mask"].sum(1).tolist())) > 1
-    assert allowed.gather(-1, batch["completion_ids"][..., None])[mask].all()
-    assert allowed[mask][:, trainer._keep_ids].all()
-    assert allowed[mask].float().mean() < 0.9
-    expected = plain_masks(trainer, batch)
-    assert (allowed[mask] == expected[mask]).all(-1).float().mean() > 0.95  # a cache may flip a token at the border
-    own = trainer.roles.base(input_ids=whole_rows(batch)[0], attention_mask=whole_rows(batch)[1]).logits
-    first = batch["prompt_ids"].size(1)
-    own = top_p_mask(own[:, first - 1 : -1] / 0.8, top_p=0.7, min_tokens=1, keep_ids=trainer._keep_ids)
-    assert (own[mask] != allowed[mask]).any(), "the policy's own masks would prove nothing"
-    assert "generate" not in vars(trainer.model)
-
-
 @pytest.mark.parametrize(("kind", "lora"), [("llama", False), ("gpt2", True)])
 def test_loss_is_the_clipped_one_on_masked_log_probabilities(tmp_path, kind, lora):
     trainer = make_nlpo(tmp_path, kind, lora, entropy_bonus_coef=0.2)
@@ -141,30 +122,6 @@ def test_the_kl_is_taken_of_the_raw_distributions(tmp_path):
     expected = torch.where(mask, estimate_kl(raw, reference, estimator="k1"), 0.0)
     torch.testing.assert_close(kept["kl"], expected, atol=1e-5, rtol=0)
     assert (raw - batch["old_per_token_logps"])[mask].abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_masks_change_after_a_refresh_and_not_before(tmp_path, lora):
-    """Public code copied the policy once and never again."""
-    trainer = make_nlpo(tmp_path, lora=lora, mask_refresh_rollouts=2, max_steps=12, num_iterations=1)
-    start, seen = weights_of_target(trainer), []
-    probe = rollout(trainer)
-    stock = trainer._generate_and_score_completions
-
-    def watched(inputs):
-        batch = stock(inputs)
-        seen.append((weights_of_target(trainer), plain_masks(trainer, probe), policy_weights(trainer)))
-        return batch
-
-    trainer._generate_and_score_completions = watched
-    trainer.train()
-    targets, masks, policies = zip(*seen, strict=True)
-    assert len(seen) == 12
-    assert same(targets[0], start) and same(targets[1], start)
-    assert same(targets[2], policies[2]) and same(targets[3], policies[2]) and not same(targets[3], policies[3])
-    assert same(targets[4], policies[4])
-    assert torch.equal(masks[0], masks[1])
-    assert not all(torch.equal(masks[0], later) for later in masks[2:])
 
 
 def weights_of_target(trainer):
