@@ -10,7 +10,7 @@ from rlhf_ext import PPOConfig
 from rlhf_ext.functional import masked_whiten
 from rlhf_ext.trainers.ppo_rollout import token_mask
 from tests.trainers.test_ppo_loss import gradients, make_trainer, micro_batches, rollout, stir
-from tests.trainers.test_ppo_roles import PROMPTS, Dataset, build, changed, full, length, logged, weights
+from tests.trainers.test_ppo_roles import PROMPTS, Dataset, build, changed, length, logged, weights
 from tests.trainers.test_ppo_roles import rollout as rollout_of
 
 
@@ -64,8 +64,7 @@ def test_s12_r14_every_minibatch_of_every_epoch_steps(tmp_path, minibatches, epo
 
 
 def test_s13_max_grad_norm_reaches_the_optimizer(tmp_path):
-    trainer = full(tmp_path, None)
-    trainer.args.max_grad_norm, trainer.args.max_steps = 1e-9, 2
+    trainer = build(tmp_path, reward_funcs=length, config={"max_grad_norm": 1e-9, "max_steps": 2})
     seen = Steps()
     trainer.add_callback(seen)
     trainer.train()

@@ -193,7 +193,8 @@ def test_s21_every_trained_adapter_has_a_gradient_under_checkpointing(tmp_path, 
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     role = "head" if "critic_head" in name else name.split(".")[-2]
-                    norms[role] = norms.get(role, 0.0) + parameter.grad.norm().item()
+                    norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+                    norms[role] = norms.get(role, 0.0) + norm
 
     trainer.add_callback(Look())
     trainer.train()
