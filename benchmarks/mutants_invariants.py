@@ -1,5 +1,5 @@
 """
-Bring each pitfall back by one line and see whether its test notices: `make mutants-invariants`.
+Bring each pitfall back by one line and see whether its test notices: `make mutants`.
 
 The table is `invariants.yaml`: a place in our code, what stands there, what stands there then, and the test of
 tests/invariants/ that has to turn red. Each patch is applied to a copy of the sources, where only that test runs. A
@@ -93,7 +93,7 @@ def summary(entries: list[dict[str, Any]], outcomes: dict[str, tuple[str, str]])
     red = sum(row[-1] == NOTICED for row in tried)
     return {
         "title": "One patch per pitfall, and what TRL 1.12's PPO gives on the same check",
-        "command": "make mutants-invariants",
+        "command": "make mutants",
         "commit": commit.stdout.strip(),
         "seed": 0,
         "beside": "invariants_trl112",
