@@ -115,6 +115,14 @@ def left_padding() -> tuple[str, str]:
 
 
 @check("S11, R11")
+def several_ids_that_end() -> tuple[str, str]:
+    policy, tokenizer = tiny_causal_lm("llama", tiny_tokenizer()), tiny_tokenizer()
+    policy.generation_config.eos_token_id = [1, 7]
+    kept_ids = build(policy=policy, tokenizer=tokenizer).policy_model.generation_config.eos_token_id
+    return f"EOS ids [1, 7] of the checkpoint become {kept_ids}", HOLDS if kept_ids == [1, 7] else FAILS
+
+
+@check("S11, penalty")
 def stop_that_is_not_the_eos() -> tuple[str, str]:
     tokenizer = tiny_tokenizer()
     policy = tiny_causal_lm("llama", tokenizer)
@@ -126,12 +134,8 @@ def stop_that_is_not_the_eos() -> tuple[str, str]:
     rows = [row for row, _ in finished_rows(rollout, 7) if not (rollout["responses"][row][real[row]] == 1).any()]
     assert rows, "an answer that ended by the other token is needed"
     penalised = sum(rollout["scores"][row].item() < -500 for row in rows)
-    policy.generation_config.eos_token_id = [1, 7]
-    kept_ids = build(policy=policy, tokenizer=tokenizer).policy_model.generation_config.eos_token_id
-    measured = (
-        f"{penalised} of {len(rows)} stopped answers got the missing-EOS penalty; EOS ids [1, 7] become {kept_ids}"
-    )
-    return measured, HOLDS if penalised == 0 and kept_ids == [1, 7] else FAILS
+    measured = f"{penalised} of {len(rows)} answers that stopped at another id than the tokenizer's EOS pay it"
+    return measured, HOLDS if penalised == 0 else FAILS
 
 
 # The ratio

@@ -15,7 +15,7 @@ mutants = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mutants)
 
 
-def tests_here() -> set[str]:
+def numbered_tests() -> set[str]:
     """`file.py::test_name` of every test of a pitfall or request."""
     found = set()
     for path in FOLDER.glob("test_*.py"):
@@ -26,7 +26,7 @@ def tests_here() -> set[str]:
 
 def test_every_patch_applies_to_one_place_and_names_a_test():
     entries = [entry for entry in mutants.read_table() if "reason" not in entry]
-    lost = {entry["test"] for entry in entries} - tests_here()
+    lost = {entry["test"] for entry in entries} - numbered_tests()
     assert not lost, f"no such tests: {sorted(lost)}"
     for entry in entries:
         ast.parse(mutants.patched(entry))
@@ -39,7 +39,7 @@ def test_every_pitfall_and_every_test_has_an_entry():
     numbers = {number for entry in mutants.read_table() for number in mutants.numbers_of(entry)}
     assert {f"S{i}" for i in range(1, 35)} - numbers == set()
     tokens = {f"{number[0].lower()}{int(number[1:]):02d}" for number in numbers}
-    for test in tests_here():
+    for test in numbered_tests():
         own = [part for part in test.split("::test_")[1].split("_") if part[1:].isdigit() and part[0] in "sr"]
         assert set(own) <= tokens, f"{test} has no patch"
 
@@ -47,9 +47,7 @@ def test_every_pitfall_and_every_test_has_an_entry():
 def test_the_published_table_is_that_of_the_patches():
     result = json.loads((ROOT / "benchmarks" / "results" / "mutants.json").read_text())
     entries = mutants.read_table()
-    assert [row[0] for row in result["rows"]] == [entry["number"] for entry in entries], (
-        "run `make mutants`"
-    )
+    assert [row[0] for row in result["rows"]] == [entry["number"] for entry in entries], "run `make mutants`"
     tried = {entry["number"]: entry for entry in entries if "reason" not in entry}
     for number, wrong, test, _, outcome in result["rows"]:
         if number in tried:
