@@ -119,22 +119,6 @@ def test_gain_and_bias_belong_to_the_saved_model(tmp_path, aggregation):
     assert normalization_of(model) == (2.5, -0.75)
 
 
-def test_s29_asked_for_and_absent_raises(tmp_path):
-    """Pitfall S29: a missing file must not become gain 1 and bias 0 (OpenRLHF#693)."""
-    folder = saved_model(tmp_path)
-    for inner in (str(folder), Clipped(str(folder), -1.0, 1.0), lengths):
-        with pytest.raises(ValueError, match="gain and the bias"):
-            resolve(Normalized(inner))
-    save_normalization(folder, 1.0, 0.0)  # identity that was asked for is one
-    resolve(Normalized(str(folder)))
-    with pytest.raises(ValueError, match="positive"):
-        save_normalization(folder, -1.0, 0.0)
-    with pytest.raises(ValueError, match="no reward model"):
-        save_normalization(tmp_path / "nowhere", 1.0, 0.0)
-    with pytest.raises(ValueError, match="both"):
-        Normalized(lengths, gain=1.0)
-
-
 def test_a_model_without_a_score_head_is_normalised_too():
     class Encoder(torch.nn.Module):
         config = type("Config", (), {"num_labels": 1, "get_text_config": lambda self: self})()

@@ -8,9 +8,9 @@ from peft import LoraConfig
 from rlhf_ext import NLPOConfig, NLPOTrainer
 from rlhf_ext.functional import top_p_mask
 from rlhf_ext.functional.nlpo import unpack_mask
-from rlhf_ext.trainers.ppo_rollout import token_mask, whole_rows
+from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.ppo_runs import ARGUMENTS, PROMPTS, make_trainer, rollout, stir
+from tests.trainers.ppo_runs import ARGUMENTS, PROMPTS, make_trainer
 from tests.trainers.test_ppo_roles import logged, weights
 
 
@@ -58,49 +58,6 @@ def test_all_tokens_allowed_is_ppo_bit_for_bit(tmp_path, lora):
         trainer.train()
         found.append(weights(trainer.model))
     assert found[0].keys() == found[1].keys() and same(*found)
-
-
-@pytest.mark.parametrize(("kind", "lora"), [("llama", False), ("gpt2", False), ("llama", True)])
-def test_samples_lie_in_the_masks_of_the_masking_policy(tmp_path, kind, lora):
-    trainer = make_nlpo(tmp_path, kind, lora, temperature=0.8)
-    stir(trainer)  # so that masking policy and policy differ
-    batch = rollout(trainer)
-    mask, allowed = token_mask(batch), masks_of(trainer, batch)
-    assert len(set(batch["prompt_mask"].sum(1).tolist())) > 1
-    assert allowed.gather(-1, batch["completion_ids"][..., None])[mask].all()
-    assert allowed[mask][:, trainer._keep_ids].all()
-    assert allowed[mask].float().mean() < 0.9
-    expected = plain_masks(trainer, batch)
-    assert (allowed[mask] == expected[mask]).all(-1).float().mean() > 0.95  # a cache may flip a token at the border
-    own = trainer.roles.base(input_ids=whole_rows(batch)[0], attention_mask=whole_rows(batch)[1]).logits
-    first = batch["prompt_ids"].size(1)
-    own = top_p_mask(own[:, first - 1 : -1] / 0.8, top_p=0.7, min_tokens=1, keep_ids=trainer._keep_ids)
-    assert (own[mask] != allowed[mask]).any(), "the policy's own masks would prove nothing"
-    assert "generate" not in vars(trainer.model)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_masks_change_after_a_refresh_and_not_before(tmp_path, lora):
-    """Public code copied the policy once and never again."""
-    trainer = make_nlpo(tmp_path, lora=lora, mask_refresh_rollouts=2, max_steps=12, num_iterations=1)
-    start, seen = weights_of_target(trainer), []
-    probe = rollout(trainer)
-    stock = trainer._generate_and_score_completions
-
-    def watched(inputs):
-        batch = stock(inputs)
-        seen.append((weights_of_target(trainer), plain_masks(trainer, probe), policy_weights(trainer)))
-        return batch
-
-    trainer._generate_and_score_completions = watched
-    trainer.train()
-    targets, masks, policies = zip(*seen, strict=True)
-    assert len(seen) == 12
-    assert same(targets[0], start) and same(targets[1], start)
-    assert same(targets[2], policies[2]) and same(targets[3], policies[2]) and not same(targets[3], policies[3])
-    assert same(targets[4], policies[4])
-    assert torch.equal(masks[0], masks[1])
-    assert not all(torch.equal(masks[0], later) for later in masks[2:])
 
 
 def weights_of_target(trainer):
