@@ -107,7 +107,7 @@ def write_run(job: dict[str, Any], updates: list[dict[str, Any]], final: dict[st
 
 
 def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Path) -> None:
-    """Run jobs one after the other: those of the peer in one process of its environment, then ours in this one."""
+    """Run jobs one after the other: those of this environment, then those of the peer in one process of its own."""
     if not jobs:
         return
     import compare_arms  # TRL takes ten seconds: not for a call that has nothing to run
@@ -115,6 +115,19 @@ def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Pat
     commit = commit_of_head()
     sft = {s: compare_arms.sft_model(str(output_dir / "sft"), jobs[0]["world"], s) for s in {j["seed"] for j in jobs}}
     scratch = output_dir / "scratch"
+    own = [job for job in jobs if job["arm"]["trainer"] != PEER]
+    for number, job in enumerate(own):
+        start = time.perf_counter()
+        updates, final = compare_arms.run_arm(
+            job["arm"], job["world"], job["seed"], sft[job["seed"]], str(scratch / "run")
+        )
+        write_run(job, updates, final, commit)
+        print(
+            f"[{number + 1}/{len(own)}] {job['arm']['name']}, learning rate {job['arm']['learning_rate']:g}, seed "
+            f"{job['seed']}: area {area(updates):.3f}, held-out gold {final['gold_reward']:.3f}, "
+            f"KL {final['kl']:.2f}, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     peers = [job for job in jobs if job["arm"]["trainer"] == PEER]
     if peers:
         folders = [str(scratch / f"peer{number}") for number in range(len(peers))]
@@ -134,19 +147,6 @@ def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Pat
             policy = compare_arms.AutoModelForCausalLM.from_pretrained(os.path.join(folder, "policy"))
             final = compare_arms.held_out(policy, sft[job["seed"]], job["world"], job["seed"])
             write_run(job, json.loads(Path(folder, "updates.json").read_text()), final, commit)
-    own = [job for job in jobs if job["arm"]["trainer"] != PEER]
-    for number, job in enumerate(own):
-        start = time.perf_counter()
-        updates, final = compare_arms.run_arm(
-            job["arm"], job["world"], job["seed"], sft[job["seed"]], str(scratch / "run")
-        )
-        write_run(job, updates, final, commit)
-        print(
-            f"[{number + 1}/{len(own)}] {job['arm']['name']}, learning rate {job['arm']['learning_rate']:g}, seed "
-            f"{job['seed']}: area {area(updates):.3f}, held-out gold {final['gold_reward']:.3f}, "
-            f"KL {final['kl']:.2f}, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -34,7 +34,7 @@ def test_interval_by_hand():
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30])
 def test_quantiles_are_those_of_student(freedom):
-    # Between 0 and the quantile lies 0.475 of the density gamma((n+1)/2) / (sqrt(n pi) gamma(n/2)) (1 + x^2/n)^-(n+1)/2
+    # 0.475 of gamma((n+1)/2) / (sqrt(n pi) gamma(n/2)) (1 + x^2/n)^-(n+1)/2 lies between 0 and the quantile.
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     steps, width = 20_000, T95[freedom - 1] / 20_000
     middles = ((i + 0.5) * width for i in range(steps))
