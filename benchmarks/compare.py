@@ -118,9 +118,7 @@ def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Pat
     own = [job for job in jobs if job["arm"]["trainer"] != PEER]
     for number, job in enumerate(own):
         start = time.perf_counter()
-        updates, final = compare_arms.run_arm(
-            job["arm"], job["world"], job["seed"], sft[job["seed"]], str(scratch / "run")
-        )
+        updates, final = compare_arms.run_arm(job["arm"], job["world"], job["seed"], sft[job["seed"]], str(scratch))
         write_run(job, updates, final, commit)
         print(
             f"[{number + 1}/{len(own)}] {job['arm']['name']}, learning rate {job['arm']['learning_rate']:g}, seed "
@@ -128,26 +126,26 @@ def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Pat
             f"KL {final['kl']:.2f}, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
+        shutil.rmtree(scratch, ignore_errors=True)
     peers = [job for job in jobs if job["arm"]["trainer"] == PEER]
-    if peers:
-        folders = [str(scratch / f"peer{number}") for number in range(len(peers))]
-        listed = [
-            {**{k: job[k] for k in ("arm", "world", "seed")}, "sft": sft[job["seed"]], "folder": folder}
-            for job, folder in zip(peers, folders, strict=True)
-        ]
-        scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / "jobs.json").write_text(json.dumps(listed))
-        command = [
-            peer_python(peer_environment),
-            "benchmarks/compare_trl112.py",
-            str((scratch / "jobs.json").resolve()),
-        ]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-        for job, folder in zip(peers, folders, strict=True):
-            policy = compare_arms.AutoModelForCausalLM.from_pretrained(os.path.join(folder, "policy"))
-            final = compare_arms.held_out(policy, sft[job["seed"]], job["world"], job["seed"])
-            write_run(job, json.loads(Path(folder, "updates.json").read_text()), final, commit)
-    shutil.rmtree(scratch, ignore_errors=True)
+    if not peers:
+        return
+    # A folder per job, named by its hash: what a process that was interrupted had finished is not trained again.
+    folders = [output_dir / "peer" / job["hash"] for job in peers]
+    listed = [
+        {**{name: job[name] for name in ("arm", "world", "seed")}, "sft": sft[job["seed"]], "folder": str(folder)}
+        for job, folder in zip(peers, folders, strict=True)
+    ]
+    file = output_dir / "peer" / "jobs.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(listed))
+    command = [peer_python(peer_environment), "benchmarks/compare_trl112.py", str(file)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    for job, folder in zip(peers, folders, strict=True):
+        policy = compare_arms.AutoModelForCausalLM.from_pretrained(folder / "policy")
+        final = compare_arms.held_out(policy, sft[job["seed"]], job["world"], job["seed"])
+        write_run(job, json.loads((folder / "updates.json").read_text()), final, commit)
+        shutil.rmtree(folder)
 
 
 def peer_python(folder: Path) -> str:

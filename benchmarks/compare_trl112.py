@@ -128,10 +128,14 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
     for job in jobs:
+        done = os.path.join(job["folder"], "updates.json")  # written last
+        if os.path.exists(done):
+            continue
         shutil.rmtree(job["folder"], ignore_errors=True)
         updates = run(job["arm"], job["world"], job["seed"], job["sft"], job["folder"])
-        with open(os.path.join(job["folder"], "updates.json"), "w") as file:
+        with open(done + ".part", "w") as file:
             json.dump(updates, file)
+        os.rename(done + ".part", done)
         gold = sum(row["gold"] for row in updates) / len(updates)
         print(f"{job['arm']['name']}, seed {job['seed']}: area {gold:.3f}", flush=True)
 
