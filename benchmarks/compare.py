@@ -188,17 +188,18 @@ def tune(spec: dict[str, Any], args: argparse.Namespace) -> None:
     for found in tuned.values():
         found["areas"] = {rate: sum(values) / len(values) for rate, values in found["areas"].items()}
         found["learning_rate"] = max(found["areas"], key=found["areas"].get)
-    (args.output_dir / "tuned.json").write_text(json.dumps(tuned, indent=2) + "\n")
-    print(json.dumps(tuned, indent=2))
+    path = args.output_dir / "tuned.json"
+    before = json.loads(path.read_text()) if path.exists() else {}  # of another file of arms in the same folder
+    path.write_text(json.dumps(before | tuned, indent=2) + "\n")
 
 
 def test(spec: dict[str, Any], args: argparse.Namespace) -> None:
     """Run every arm at its tuned rate on the seeds of the test, as far as they are missing; tables and plot follow."""
-    path = args.output_dir / "tuned.json"
-    tuned = json.loads(path.read_text()) if path.exists() else {}
+    file = args.output_dir / "tuned.json"
+    tuned = json.loads(file.read_text()) if file.exists() else {}
     lost = [arm["name"] for arm in spec["arms"] if arm["name"] not in tuned]
     if lost:
-        raise ValueError(f"{path} has no learning rate for {', '.join(lost)}. Run with --tune first.")
+        raise ValueError(f"{file} has no learning rate for {', '.join(lost)}. Run with --tune first.")
     clash = set(range(args.seeds)) & set(spec["tuning_seeds"])
     if clash:
         raise ValueError(f"tuning_seeds {sorted(clash)} are among the {args.seeds} seeds of the test. Choose others.")
