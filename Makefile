@@ -6,7 +6,7 @@ LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TRL_EXPERIMENTAL_SILENCE = 1
 
-.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results compare mutants seams-latest
+.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results compare mutants mutants-functional invariants-trl112 seams-latest
 
 format:  ## rewrite the sources in the house style
 	ruff check --fix .
@@ -52,8 +52,16 @@ compare:  ## policy-gradient trainers on the toy world, TRL's among them; what i
 	--result benchmarks/results/compare.json --plot docs/compare.png
 	$(PYTHON) benchmarks/results.py
 
-mutants:  ## break each formula on purpose: a test must notice
+mutants:  ## bring each pitfall back by one line: its test in tests/invariants/ must turn red; docs/invariants.md
+	$(PYTHON) benchmarks/mutants_invariants.py --result benchmarks/results/mutants.json; \
+	status=$$?; $(PYTHON) benchmarks/results.py; exit $$status
+
+mutants-functional:  ## break each formula on purpose: a test must notice
 	$(PYTHON) benchmarks/mutants.py
+
+invariants-trl112:  ## the same checks on TRL 1.12's PPO, in an environment of its own; docs/invariants.md
+	$(PYTHON) benchmarks/invariants_trl112.py --environment $(RUNS)/trl112 \
+	--result benchmarks/results/invariants_trl112.json && $(PYTHON) benchmarks/results.py
 
 seams-latest:  ## the newest TRL in front of the installed one: which seams broke?
 	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && pip install -q --no-deps --upgrade --target "$$work" trl \

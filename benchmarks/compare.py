@@ -16,19 +16,18 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
 import yaml
 from compare_report import report
 from compare_statistics import area
+from invariants_trl112 import environment
 
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = ("ppo", "nlpo", "rloo", "grpo", "ppo_trl112")
 PEER = "ppo_trl112"
-PEER_PACKAGES = ("torch==2.13.0", "trl==1.12.0")
 ARM_FIELDS = {"name", "trainer", "rollout_size", "minibatches", "epochs", "args", "tune"}
 
 
@@ -139,32 +138,13 @@ def run_jobs(jobs: list[dict[str, Any]], output_dir: Path, peer_environment: Pat
     file = output_dir / "peer" / "jobs.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(listed))
-    command = [peer_python(peer_environment), "benchmarks/compare_trl112.py", str(file)]
+    command = [str(environment(peer_environment)), "benchmarks/compare_trl112.py", str(file)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     for job, folder in zip(peers, folders, strict=True):
         policy = compare_arms.AutoModelForCausalLM.from_pretrained(folder / "policy")
         final = compare_arms.held_out(policy, sft[job["seed"]], job["world"], job["seed"])
         write_run(job, json.loads((folder / "updates.json").read_text()), final, commit)
         shutil.rmtree(folder)
-
-
-def peer_python(folder: Path) -> str:
-    """The Python of the environment with TRL 1.12; built on the first call, by one process at a time."""
-    done, python = folder / ".done", str(folder / "bin" / "python")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        deadline = time.monotonic() + 1800
-        while not done.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{folder} has no .done after 30 minutes. Remove it to build it again.") from None
-            time.sleep(2)
-        return python
-    venv.create(folder, with_pip=True)
-    for package in PEER_PACKAGES:  # torch first, so that the other takes this build of it
-        subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
-    done.touch()
-    return python
 
 
 def commit_of_head() -> str:

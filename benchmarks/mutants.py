@@ -1,5 +1,5 @@
 """
-Break each formula on purpose and see whether a test notices: `make mutants`.
+Break each formula on purpose and see whether a test notices: `make mutants-functional`.
 
 Every arithmetic operator, comparison, minimum or maximum, minus sign and boolean in `rlhf_ext/functional` is changed
 once, in a copy of the sources, and the tests of `functional/` run against the copy. A mutant that survives is printed

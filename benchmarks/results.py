@@ -3,7 +3,8 @@ Write the tables of docs/ from the JSON files that runs left in benchmarks/resul
 
 A file `NAME.json` fills the block between `<!-- results:NAME -->` and `<!-- /results:NAME -->` of any page in docs/.
 It holds `title`, `command`, `commit`, `seed`, `columns`, `rows` (lists in the order of the columns) and `notes`. With
-`--check` nothing is written, and the exit code says whether a page is out of step.
+`beside`, the name of a second file, its columns stand to the right, in the rows of the same first cell. With `--check`
+nothing is written, and the exit code says whether a page is out of step.
 """
 
 import argparse
@@ -31,14 +32,18 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
     """A result as Markdown: title, table, notes, and what to run to get it."""
+    sources = [result] if beside is None else [result, beside]
+    if beside is not None:
+        result = _join(result, beside)
     lines = [f"**{result['title']}**", "", _line(result["columns"]), _line(["---"] * len(result["columns"]))]
     lines += [_line([_cell(value) for value in row]) for row in result["rows"]]
     notes = [result["notes"]] if isinstance(result["notes"], str) else result["notes"]
     if notes:
         lines += ["", *notes]
-    lines += ["", f"`{result['command']}`, commit `{result['commit']}`, seed {_cell(result['seed'])}."]
+    lines.append("")
+    lines += [f"`{run['command']}`, commit `{run['commit']}`, seed {_cell(run['seed'])}." for run in sources]
     return "\n".join(lines) + "\n"
 
 
@@ -48,7 +53,8 @@ def fill(page: str, results: dict[str, dict[str, Any]], name: str = "page") -> s
     def replace(match: re.Match) -> str:
         if match["name"] not in results:
             raise ValueError(f"{name} has a block results:{match['name']}, but there is no such file in results/.")
-        return match[1] + render(results[match["name"]]) + match[3]
+        result = results[match["name"]]
+        return match[1] + render(result, results[result["beside"]] if "beside" in result else None) + match[3]
 
     return BLOCK.sub(replace, page)
 
@@ -65,6 +71,7 @@ def main() -> int:
         page = path.read_text()
         filled = fill(page, results, path.name)
         used |= {match["name"] for match in BLOCK.finditer(page)}
+        used |= {results[name]["beside"] for name in used if "beside" in results[name]}
         if filled != page:
             stale.append(path)
             if not arguments.check:
@@ -74,6 +81,22 @@ def main() -> int:
     for name in sorted(set(results) - used):
         print(f"{name}.json: no page shows it")
     return int(arguments.check and bool(stale))
+
+
+def _join(result: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a second result to the right, matched by the first cell."""
+    right = {row[0]: row[1:] for row in beside["rows"]}
+    lost = sorted(set(right) - {row[0] for row in result["rows"]})
+    if lost:
+        raise ValueError(f"{beside['title']!r} has rows {lost}, but {result['title']!r} has none of that name.")
+    empty = ["-"] * (len(beside["columns"]) - 1)
+    notes = [[part["notes"]] if isinstance(part["notes"], str) else part["notes"] for part in (result, beside)]
+    return {
+        **result,
+        "columns": [*result["columns"], *beside["columns"][1:]],
+        "rows": [[*row, *right.get(row[0], empty)] for row in result["rows"]],
+        "notes": [*notes[0], *notes[1]],
+    }
 
 
 def _line(cells: list[Any]) -> str:

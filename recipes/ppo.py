@@ -14,9 +14,12 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py --con
 
 With LoRA (`--use_peft true`) and a reward adapter of the same base, `--reward_adapter_path FOLDER` keeps policy,
 reference, reward and critic on one base. A Python reward has TRL's signature and is named by where it stands, as in
-`--reward_funcs my_rewards:brevity`. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
+`--reward_funcs my_rewards:brevity`. `--cut_at`, `--clip_scores` and `--missing_eos_penalty` treat the reward model's
+score; `--probe_funcs` are logged and never paid. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or
+into the YAML.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -31,6 +34,8 @@ from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
+from rlhf_ext.models.hub import check_model_name
+from rlhf_ext.models.scoring import treated_score
 from rlhf_ext.pipelines.environment import plan_or_none
 from rlhf_ext.trainers.memory_callback import MemoryCallback
 
@@ -45,6 +50,11 @@ def import_function(name: str) -> Callable:
         raise ValueError(f"`reward_funcs` names {name!r}: {error}. Write it as `module:function`.") from error
 
 
+def reward_of(name: str) -> Callable | str:
+    """A Python function for `module:function`, else the name of a reward model."""
+    return import_function(name) if ":" in name else name
+
+
 def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     training_args.model_init_kwargs = {
@@ -53,6 +63,7 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     check_tokenizer(tokenizer)
 
@@ -75,7 +86,17 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         report_summaries(training_args.output_dir, **summaries)
 
     # Build and train
-    rewards = [script_args.reward_model_path] if script_args.reward_model_path else []
+    treat = functools.partial(
+        treated_score,
+        normalize=script_args.normalize_scores,
+        cut_at=script_args.cut_at,
+        cut_min_index=script_args.cut_min_index,
+        cut_missing_score=script_args.cut_missing_score,
+        clip=script_args.clip_scores,
+        missing_eos_penalty=script_args.missing_eos_penalty,
+    )
+    adapter = script_args.reward_adapter_path
+    rewards = [treat(script_args.reward_model_path)] if script_args.reward_model_path else []
     rewards += [import_function(name) for name in script_args.reward_funcs or []]
     longest = max(summary.prompt_tokens["max"] for summary in summaries.values())
     plan = plan_or_none(script_args, training_args, model_args, longest)
@@ -91,7 +112,9 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         peft_config=get_peft_config(model_args),
         callbacks=[memory],
         critic_model=script_args.critic_model_path,
-        reward_adapter=script_args.reward_adapter_path,
+        reward_adapter=treat(adapter) if adapter else None,
+        token_reward_funcs=[reward_of(name) for name in script_args.token_reward_funcs or []],
+        probe_funcs=[reward_of(name) for name in script_args.probe_funcs or []],
     )
     memory.watch(trainer)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -27,6 +27,7 @@ from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.data.arguments import DataArguments, load_splits
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import report_summaries, summarize_preferences
+from rlhf_ext.models.hub import check_model_name
 
 
 def main(script_args: DataArguments, training_args: PreferenceRewardConfig, model_args: ModelConfig) -> None:
@@ -37,6 +38,7 @@ def main(script_args: DataArguments, training_args: PreferenceRewardConfig, mode
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     check_tokenizer(tokenizer)
 

@@ -25,6 +25,7 @@ from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import check_context, report_summaries, summarize_sft
 from rlhf_ext.models.checkpoints import CompleteCheckpointMixin
+from rlhf_ext.models.hub import check_model_name
 
 
 COLUMNS = (["prompt", "completion"], ["messages"])
@@ -42,6 +43,7 @@ def main(script_args: DataArguments, training_args: SFTConfig, model_args: Model
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
     if training_args.eos_token is not None:
         tokenizer.eos_token = training_args.eos_token

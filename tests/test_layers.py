@@ -103,8 +103,13 @@ def super_calls(cls: type) -> set[str]:
 def test_overrides_call_their_parent():
     """TRL's own subclasses that copied bodies drifted and were taken out (huggingface/trl#6402)."""
     overrides, without = set(), set()
-    for cls in trainer_classes():
-        foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("trl", "transformers")]
+    trainers = trainer_classes()
+    own = {base for cls in trainers for base in cls.__mro__ if base.__module__.split(".")[0] == PACKAGE}
+    for cls in sorted(own, key=lambda cls: cls.__qualname__):  # a part of a trainer counts like the trainer
+        users = [trainer for trainer in trainers if issubclass(trainer, cls)]
+        foreign = [
+            base for t in users for base in t.__mro__ if base.__module__.split(".")[0] in ("trl", "transformers")
+        ]
         methods = {name for name, value in vars(cls).items() if inspect.isfunction(value)}
         overridden = {name for name in methods if any(name in vars(base) for base in foreign)}
         overrides |= overridden

@@ -91,7 +91,8 @@ def test_ppo_recipe(world, tmp_path):
     )
     flags = ["--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/ppo.jsonl"]
     flags += ["--reward_model_path", f"{world}/reward", "--reward_funcs", "own_rewards:brevity"]
-    flags += ["--critic_model_path", f"{world}/reward"]
+    flags += ["--critic_model_path", f"{world}/reward", "--probe_funcs", "own_rewards:brevity"]
+    flags += ["--cut_at", ".", "--clip_scores", "-5", "5", "--missing_eos_penalty", "0.5"]
     saving = ["--save_steps", "1", "--save_total_limit", "3"]
     saving += ["--output_dir", f"{tmp_path}/out", "--push_to_hub", "true", "--hub_model_id", "tester/recipe"]
     with HubServer() as hub:
@@ -100,6 +101,7 @@ def test_ppo_recipe(world, tmp_path):
         process = launch("ppo", "ppo_tiny.yaml", *flags, *saving, cwd=tmp_path, **client)
     metrics = finished(process, tmp_path / "out")
     assert "eval_reward" in metrics and "eval_rewards/brevity/mean" in metrics
+    assert metrics["eval_probe/brevity/mean"] == metrics["eval_rewards/brevity/mean"]
     assert "PPO" in (tmp_path / "out" / "README.md").read_text()
     assert "Completion" in process.stdout + process.stderr  # the completions table
     assert list((tmp_path / "out" / "completions").glob("*.parquet"))

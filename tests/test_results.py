@@ -56,6 +56,24 @@ def test_a_block_is_filled_and_the_rest_of_the_page_left_alone(tmp_path):
     assert run("--check", *places).returncode == 0
 
 
+def test_a_second_result_stands_beside_the_first(tmp_path):
+    for name in ("results", "docs"):
+        (tmp_path / name).mkdir()
+    theirs = {**RESULT, "command": "make others", "columns": ["arm", "speed"], "rows": [["theirs", 3]], "notes": []}
+    (tmp_path / "results" / "acc.json").write_text(json.dumps({**RESULT, "beside": "speed"}))
+    (tmp_path / "results" / "speed.json").write_text(json.dumps(theirs))
+    page = tmp_path / "docs" / "results.md"
+    page.write_text("<!-- results:acc -->\n<!-- /results:acc -->\n")
+    places = ["--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
+    done = run(*places)
+    assert done.returncode == 0 and "no page shows it" not in done.stdout, done.stderr
+    text = page.read_text()
+    for line in ("| arm | accuracy | speed |", "| ours | 0.1235 | - |", "| theirs | 1 | 3 |", "`make others`, commit"):
+        assert line in text
+    (tmp_path / "results" / "speed.json").write_text(json.dumps({**theirs, "rows": [["nobody", 3]]}))
+    assert "nobody" in run(*places).stderr
+
+
 def test_a_result_that_is_not_whole_is_refused(tmp_path):
     spec = importlib.util.spec_from_file_location("results", SCRIPT)
     results = importlib.util.module_from_spec(spec)

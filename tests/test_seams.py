@@ -25,7 +25,7 @@ from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardTrainer
 from rlhf_ext.models import memory_trace
 from rlhf_ext.trainers import ppo_config, ppo_rollout, ppo_trainer
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout
+from tests.trainers.ppo_runs import PROMPTS, make_trainer, rollout
 
 
 PACKAGE = Path(ppo_trainer.__file__).parents[1]
@@ -403,6 +403,7 @@ def test_foreign_keys_stay_aligned_through_shuffle_and_split(trainer, monkeypatc
     rows = torch.arange(8)
     given = {
         "completion_ids": rows[:, None].repeat(1, 3),
+        "completion_mask": torch.ones(8, 3, dtype=torch.long),
         "values": rows[:, None].repeat(1, 3).float(),
         "num_items_in_batch": torch.tensor(5),
     }

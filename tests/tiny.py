@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -57,7 +58,8 @@ def tiny_tokenizer(pad_is_eos: bool = False, words: Sequence[str] = WORDS) -> Pr
 
 
 def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase, **kwargs) -> PretrainedConfig:
-    """A two-layer `LlamaConfig` (`kind="llama"`) or `GPT2Config` (`kind="gpt2"`) for `tokenizer`, hidden size 16."""
+    """A two-layer config of hidden size 16 for `tokenizer`: `kind` is `"llama"`, `"gpt2"`, or `"gemma3"`, whose first
+    layer sees a window of 8 tokens."""
     shared = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -78,7 +80,21 @@ def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase, **kwargs) -> Pret
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
         return GPT2Config(**{**shared, **sizes, **kwargs})
-    raise ValueError(f"`kind` is {kind!r}; choose 'llama' or 'gpt2'.")
+    if kind == "gemma3":
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 128,
+        }
+        return Gemma3TextConfig(**{**shared, **sizes, **kwargs})
+    raise ValueError(f"`kind` is {kind!r}; choose 'llama', 'gpt2' or 'gemma3'.")
 
 
 def tiny_causal_lm(

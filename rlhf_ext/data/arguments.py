@@ -77,6 +77,19 @@ class PromptArguments(DataArguments):
             Folder of a reward adapter trained on the policy's base.
         critic_model_path (`str`, *optional*):
             Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
+        token_reward_funcs, probe_funcs (`list[str]`, *optional*):
+            Rewards of single tokens, and rewards that are logged and never paid: `module:function`, or a folder or Hub
+            id of a reward model.
+        normalize_scores (`bool`, *optional*, defaults to `False`):
+            Refuse a reward model (or adapter) without gain and bias of its own; where there are some, they are applied
+            either way.
+        cut_at (`str`, *optional*), cut_min_index (`int`, defaults to 0), cut_missing_score (`float`, defaults to -1):
+            The reward model reads a completion up to this token, at that index or later; one without it gets the
+            fixed score.
+        clip_scores (`list[float]`, *optional*):
+            Smallest and largest score of the reward model.
+        missing_eos_penalty (`float`, *optional*):
+            Taken off the reward model's score where a completion was cut by length.
         max_prompt_length (`int`, *optional*):
             Drop prompts of more tokens than this. Unset, a prompt that leaves no room for a completion is an error.
     """
@@ -96,6 +109,29 @@ class PromptArguments(DataArguments):
         default=None,
         metadata={"help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."},
     )
+    token_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards of single tokens: `module:function`, or a reward model that sums over tokens."},
+    )
+    probe_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Logged and never paid: `module:function`, or a folder or Hub id of a reward model."},
+    )
+    normalize_scores: bool = field(
+        default=False, metadata={"help": "Refuse a reward model without gain and bias of its own."}
+    )
+    cut_at: str | None = field(
+        default=None, metadata={"help": "Token up to which the reward model reads a completion."}
+    )
+    cut_min_index: int = field(default=0, metadata={"help": "First index, from 0, at which `cut_at` counts."})
+    cut_missing_score: float = field(default=-1.0, metadata={"help": "Score of a completion without `cut_at`."})
+    clip_scores: list[float] | None = field(
+        default=None, metadata={"help": "Smallest and largest score of the reward model."}
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken off the reward model's score where a completion was cut by length."},
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -106,11 +142,22 @@ class PromptArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.reward_funcs, str):  # a single name in a YAML
-            self.reward_funcs = [self.reward_funcs]
-        if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path):
+        for name in ("reward_funcs", "token_reward_funcs", "probe_funcs"):
+            if isinstance(getattr(self, name), str):  # a single name in a YAML
+                setattr(self, name, [getattr(self, name)])
+        if not (self.reward_model_path or self.reward_funcs or self.reward_adapter_path or self.token_reward_funcs):
             raise ValueError(
-                "No reward: `reward_model_path`, `reward_funcs` and `reward_adapter_path` are all empty; give one."
+                "No reward: `reward_model_path`, `reward_funcs`, `reward_adapter_path` and `token_reward_funcs` are "
+                "all empty; give one."
+            )
+        if self.clip_scores is not None and len(self.clip_scores) != 2:
+            raise ValueError(f"`clip_scores` is {self.clip_scores}; give two numbers, the smallest and the largest.")
+        treatments = ("normalize_scores", "cut_at", "clip_scores", "missing_eos_penalty")
+        used = {name: getattr(self, name) for name in treatments if getattr(self, name)}
+        if used and bool(self.reward_model_path) == bool(self.reward_adapter_path):
+            raise ValueError(
+                f"{used} treat the score of the reward model, but there is none, or there are two. Give one of "
+                "`reward_model_path` and `reward_adapter_path`, or wrap the rewards in a script of your own."
             )
 
 

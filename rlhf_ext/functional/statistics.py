@@ -4,6 +4,8 @@ Shapes: B batch, T completion tokens. Mask: True = a real completion token. Mask
 changes a number, and an empty mask gives 0 instead of NaN.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from . import _checks as checks
@@ -92,6 +94,70 @@ def ratio_statistics(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.T
     checks.check_masked(mask, logps=logps, old_logps=old_logps)
     metrics = ratio_metrics(log_ratio_of(logps, old_logps, mask), mask)
     return {f"policy/{name}": metrics[name] for name in ("approx_kl", "ratio_max", "ratio_min")}
+
+
+@torch.no_grad()
+def distinct_ngrams(ids: torch.Tensor, mask: torch.Tensor, *, n: int) -> torch.Tensor:
+    """Distinct-n of Li et al. 2016 over a set of completions: different n-grams / all n-grams; 0 without any.
+
+    Near 1 every n-gram occurs once; near 0 the completions repeat themselves or each other. It falls with the number
+    of tokens, so compare sets of one size.
+
+    Args:
+        ids (`torch.Tensor` of shape `(B, T)`, integer): token ids.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token. An n-gram is n real tokens in a row.
+        n (`int`): tokens per n-gram, at least 1.
+
+    Returns:
+        `torch.Tensor`: 0-d float32.
+
+    Raises:
+        ValueError: If shapes differ, `ids` is not integer, `mask` is not bool or `n` is below 1.
+    """
+    _check_ids(ids, mask)
+    checks.check_scalar("n", n, minimum=1)
+    if ids.shape[1] < n:
+        return torch.zeros((), device=ids.device)
+    grams = ids.unfold(1, n, 1)[mask.unfold(1, n, 1).all(dim=-1)]
+    if grams.shape[0] == 0:
+        return torch.zeros((), device=ids.device)
+    return torch.tensor(grams.unique(dim=0).shape[0] / grams.shape[0], device=ids.device)
+
+
+@torch.no_grad()
+def completion_statistics(
+    ids: torch.Tensor, mask: torch.Tensor, *, eos_token_ids: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """What is logged of the sampled tokens themselves, over the rows of all processes.
+
+    Args:
+        ids (`torch.Tensor` of shape `(B, T)`, integer): token ids of the completions.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token, the end of sequence among them.
+        eos_token_ids (`Sequence[int]`): the ids that end a sequence.
+
+    Returns:
+        `dict`: `completions/eos_rate`, the share of completions that hold an end of sequence, and
+        `completions/distinct_1`, `completions/distinct_2` of [`distinct_ngrams`].
+
+    Raises:
+        ValueError: If shapes differ, `ids` is not integer or `mask` is not bool.
+    """
+    _check_ids(ids, mask)
+    ended = (torch.isin(ids, torch.tensor(eos_token_ids, dtype=ids.dtype, device=ids.device)) & mask).any(dim=1)
+    return {
+        "completions/eos_rate": masked_mean(ended.float(), torch.ones_like(ended)),
+        "completions/distinct_1": distinct_ngrams(ids, mask, n=1),
+        "completions/distinct_2": distinct_ngrams(ids, mask, n=2),
+    }
+
+
+def _check_ids(ids: torch.Tensor, mask: torch.Tensor) -> None:
+    checks.check_masked(mask)
+    if ids.shape != mask.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"`ids` is {ids.dtype} of shape {tuple(ids.shape)}, expected integers of shape {tuple(mask.shape)}: pass "
+            "the token ids that `mask` belongs to."
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .base_quantization import save_base_quantization
 from .hub import local_folder
-from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation
+from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation, saved_normalization
 from .roles import POLICY
 
 
@@ -97,8 +97,8 @@ def check_leaves_base(config: PeftConfig, what: str) -> None:
         )
 
 
-def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor:
-    """Add the adapter of `folder` to `model` as `name` and return its head's weight `(1, H)` in float32.
+def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> tuple[torch.Tensor, tuple[float, float]]:
+    """Add the adapter of `folder` to `model` as `name`; return its head `(1, H)` in float32, and gain and bias.
 
     Raises:
         ValueError: the weights do not fit the base (another architecture or size).
@@ -123,7 +123,7 @@ def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> torch.Tensor
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
         raise ValueError(f"reward_adapter={folder!r} does not fit the policy's base: {error}") from error
-    return head.float()
+    return head.float(), saved_normalization(local_folder(folder)) or (1.0, 0.0)
 
 
 def add_policy_copy(model: PeftModel, name: str) -> None:
@@ -171,13 +171,20 @@ def check_adapter_weights(model: PeftModel, name: str, folder: str, head: nn.Mod
 
 
 def save_scalar_adapter(
-    model: PeftModel, name: str, head: torch.Tensor, folder: str, state: dict[str, torch.Tensor] | None = None
+    model: PeftModel,
+    name: str,
+    head: torch.Tensor,
+    folder: str,
+    state: dict[str, torch.Tensor] | None = None,
+    normalization: tuple[float, float] = (1.0, 0.0),
 ) -> None:
     """Write adapter `name` and its head so that PEFT loads them as a sequence classifier, with no foreign key.
 
     Args:
         state (`dict[str, torch.Tensor]`, *optional*):
             Whole weights under the names of `model`'s state, for a model that is in pieces.
+        normalization (`tuple[float, float]`, *optional*):
+            Gain and bias of the head.
     """
     config = copy.copy(model.peft_config[name])
     config.modules_to_save, config.task_type, config.inference_mode = ["score"], "SEQ_CLS", True
@@ -190,5 +197,5 @@ def save_scalar_adapter(
         metadata={"format": "pt"},
     )
     config.save_pretrained(folder)
-    save_reward_config(folder, "last", plain_dtype(model.get_base_model()))
+    save_reward_config(folder, "last", plain_dtype(model.get_base_model()), normalization)
     save_base_quantization(model.get_base_model(), folder)

@@ -18,10 +18,18 @@ from transformers.utils import logging
 
 from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
 from .base_quantization import QUANTIZATION_FILE
-from .hub import is_inside_repo, local_folder
-from .reward_checkpoints import find_file
-from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, base_of, bind_roles, scalar_head
-from .scoring import ModelReward, classifier_of, load_reward_model
+from .hub import find_file, is_inside_repo, local_folder
+from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, ScalarHead, base_of, bind_roles
+from .score_wrappers import parts_of, unit_of
+from .scoring import (
+    ModelReward,
+    classifier_of,
+    load_reward_model,
+    normalization_of,
+    pool_by_attention_mask,
+    pooled_aggregation,
+    set_normalization,
+)
 from .sharding import whole_weights
 
 
@@ -75,9 +83,11 @@ def critic_from_policy(base: PreTrainedModel) -> PreTrainedModel:
     return critic
 
 
-def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
-    """A trainable copy of a reward model whose output is `weight` times the score, the unit that PPO pays in.
+def critic_from_reward(reward_model: nn.Module, gain: float = 1.0, bias: float = 0.0) -> nn.Module:
+    """A trainable copy of a reward model whose output is gain * score + bias, the unit that PPO pays in.
 
+    The score is that of the model, after the gain and the bias saved with it. Gains go into the head, a bias stays
+    beside it as a constant.
     What trains is float32: in bf16 an update at PPO's learning rates rounds to nothing.
     """
     classifier_of(reward_model)  # refuses what has no scalar head, before anything is copied
@@ -94,10 +104,13 @@ def critic_from_reward(reward_model: nn.Module, weight: float) -> nn.Module:
     for parameter in critic.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    saved_gain, saved_bias = normalization_of(critic)
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.mul_(weight)
-    return critic
+            parameter.mul_(gain * saved_gain)
+    set_normalization(critic, 1.0, gain * saved_bias + bias)
+    # A critic is read at every token, whatever made a score of the reward model's.
+    return pool_by_attention_mask(critic, "last") if pooled_aggregation(critic) == "sum" else critic
 
 
 def check_vocabularies(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase | None, name: str) -> None:
@@ -176,6 +189,7 @@ def build_roles(
     critic: str,
     critic_model: nn.Module | None = None,
     reward_adapter: str | None = None,
+    value_unit: tuple[float, float] = (1.0, 0.0),
     peft_config: PeftConfig | None = None,
     keep_reference: bool = True,
     keep_target: bool = False,
@@ -193,6 +207,8 @@ def build_roles(
             Sequence classifier with one label.
         reward_adapter (`str`, *optional*):
             Folder or Hub id of a reward adapter trained on the same base.
+        value_unit (`tuple[float, float]`, *optional*):
+            Gain and bias from the adapter's scores to what PPO pays for them; the critic starts there.
         peft_config (`PeftConfig`, *optional*):
             Adapter to put on a plain policy.
         keep_reference (`bool`, *optional*, defaults to `True`):
@@ -241,12 +257,13 @@ def build_roles(
 
     heads = {}
     if reward_adapter is not None:
-        weight = add_scalar_adapter(model, REWARD, reward_adapter)
-        heads[REWARD] = scalar_head(weight, trainable=False)
+        weight, (gain, bias) = add_scalar_adapter(model, REWARD, reward_adapter)
+        heads[REWARD] = ScalarHead(weight, gain, bias, trainable=False)
         if critic == "adapter":
             add_scalar_adapter(model, CRITIC, reward_adapter)
         if critic in ("adapter", "shared"):
-            heads[CRITIC] = scalar_head(weight, trainable=True)
+            unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
+            heads[CRITIC] = ScalarHead(weight * unit[0], 1.0, unit[1], trainable=True)
     roles = Roles(model, RoleSwitch(model), reference, REFERENCE if is_peft and not fresh else None, target)
     # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the
     # adapters of a critic of its own stay as they are when the policy's are switched.
@@ -310,7 +327,7 @@ def choose_critic(
         tokenizer = AutoTokenizer.from_pretrained(critic_model, trust_remote_code=trust_remote_code)
         check_vocabularies(policy_processing_class, tokenizer, "critic_model")
         critic_model = load_reward_model(critic_model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        return critic, critic_from_reward(critic_model, 1.0)
+        return critic, critic_from_reward(critic_model)
     if critic_model is not None:
         size = critic_model.config.get_text_config().vocab_size
         if size < len(policy_processing_class):
@@ -322,14 +339,14 @@ def choose_critic(
         if name and find_file(name, "tokenizer_config.json") is not None:  # a folder, or an id of the Hub
             check_vocabularies(policy_processing_class, AutoTokenizer.from_pretrained(name), "critic_model")
         # A copy: the caller's model may be frozen, or be the reward model itself, and neither would train.
-        return critic, critic_from_reward(critic_model, 1.0)
-    models = [r.reward for r in rewards if isinstance(r.reward, ModelReward)]
+        return critic, critic_from_reward(critic_model)
+    models = [part for r in rewards for part in parts_of(r) if isinstance(part, ModelReward)]
     if len(models) == 1 and len(rewards) == 1:
-        reward = models[0]
+        reward, (gain, bias) = models[0], unit_of(rewards[0], (reward_weights or [1.0])[0])
         check_vocabularies(
             policy_processing_class, reward.processing_class, "The reward model, from which the critic starts,"
         )
-        return critic, critic_from_reward(reward.model, (reward_weights or [1.0])[0])
+        return critic, critic_from_reward(reward.model, gain, bias)
     if len(models) > 1 or (models and len(rewards) > 1):
         raise ValueError(
             f"The critic cannot start from {len(rewards)} rewards at once. Pass a `critic_model`, such as a copy of "

@@ -7,6 +7,7 @@ import re
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig
+from transformers.utils import cached_file
 
 
 # What a model, an adapter or a tokenizer is made of. No pickles: only safetensors files are read.
@@ -56,6 +57,44 @@ def local_folder(name: str | os.PathLike, subfolder: str | None = None, revision
     if not os.path.isdir(folder):
         raise ValueError(f"The repository {repo_id!r} has no folder {inside!r} with {', '.join(_FILES[:2])} in it.")
     return folder
+
+
+def find_file(path: str, name: str, revision: str | None = None) -> str | None:
+    """A file of a folder or of a repository on the Hub; `None` where it is not."""
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def check_model_name(name: str | None, field: str, revision: str | None = None) -> None:
+    """Refuse a name that is no model, before anything else is loaded.
+
+    Args:
+        name (`str`): Folder, or id on the Hub.
+        field (`str`): The argument that gave it, for the message.
+
+    Raises:
+        ValueError: there is no `config.json` and no `adapter_config.json` under that name.
+    """
+    if not name:
+        raise ValueError(f"{field} is empty. Give the folder of a model, or its id on the Hub.")
+    try:
+        if any(find_file(name, file, revision) is not None for file in ("config.json", "adapter_config.json")):
+            return
+    except OSError:  # neither a folder nor of the form of an id
+        pass
+    where = "is no folder, and no such id was found"
+    if os.path.isdir(name):
+        where = f"holds {sorted(os.listdir(name))[:8]}"
+    raise ValueError(
+        f"{field}={name!r} {where}: no config.json and no adapter_config.json. Give the folder of a model, or the id "
+        "of one on the Hub that this machine can reach or has in its cache."
+    )
 
 
 def known_commit(name: str | None, revision: str | None = None) -> str | None:

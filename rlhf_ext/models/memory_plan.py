@@ -23,7 +23,6 @@ from .memory_shape import (
     decode_workspace,
     layer_bytes,
     owner_of,
-    strided_head,
 )
 from .memory_trace import Activations, trace_activations
 from .roles import CRITIC
@@ -159,7 +158,7 @@ def plan_memory(shape: RunShape, activations: Activations | None = None) -> Memo
         "gradients so far": parts["gradients"] if shape.accumulates else traced.gradients,
         "activations": traced.update,
         "scoring": traced.scoring,
-        "prompts": traced.prefill + strided_head(shape),
+        "prompts": traced.prefill,
     }
     _share(parts, shape, layer)
     resident = ["base", "reference", "critic model", "reward model", "adapters, heads", "optimizer"]

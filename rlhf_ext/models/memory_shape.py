@@ -178,15 +178,6 @@ def decode_workspace(shape: RunShape) -> int:
     return max(logits, cache_bytes(shape) // (2 * config.num_hidden_layers))
 
 
-def strided_head(shape: RunShape) -> int:
-    """On a CPU torch 2.13 multiplies the last positions of a prompt, a strided slice, with a bf16 head as a batch of
-    products: it copies the head once per row. Not so in fp32, nor once a position is sampled."""
-    config = shape.config.get_text_config()
-    if shape.device != "cpu" or hidden_dtype(shape) != torch.bfloat16 or shape.rollout == 1:
-        return 0
-    return shape.rollout * config.vocab_size * config.hidden_size * 2
-
-
 def hidden_dtype(shape: RunShape) -> torch.dtype:
     # `generate` of a PEFT model runs outside autocast.
     return torch.bfloat16 if shape.autocast and shape.lora is None else shape.dtype

@@ -33,8 +33,7 @@ def classifier_of(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: if the model has no scalar head named `score`.
     """
-    model = extract_model_from_parallel(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     if not isinstance(getattr(base, "score", None), nn.Module):
         raise ValueError(
             f"`model` is a {type(base).__name__} without a head named `score`, so its tokens have no scores. Load a "
@@ -46,6 +45,31 @@ def classifier_of(model: nn.Module) -> PreTrainedModel:
             f"`model.config.num_labels` is {labels}, but a reward model gives one score. Load it with `num_labels=1`."
         )
     return base
+
+
+def set_normalization(model: nn.Module, gain: float, bias: float) -> None:
+    """Let a reward model score gain * score + bias from now on; its weights stay as they were trained.
+
+    Args:
+        model (`nn.Module`):
+            Sequence-classification model, plain or a [`~peft.PeftModel`].
+    """
+    _base_of(model).score_normalization = (float(gain), float(bias))
+
+
+def normalization_of(model: nn.Module) -> tuple[float, float]:
+    """Gain and bias of a reward model's scores; `(1.0, 0.0)` where none were set."""
+    return getattr(_base_of(model), "score_normalization", (1.0, 0.0))
+
+
+def has_normalization(model: nn.Module) -> bool:
+    """Whether gain and bias of a reward model were set, to whatever."""
+    return hasattr(_base_of(model), "score_normalization")
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -61,7 +85,8 @@ def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
             1 on real tokens.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, fp32: the score read at each token. Padded positions hold no meaning.
+        `torch.Tensor` of shape `(B, T)`, fp32: the score read at each token, after gain and bias. A model that sums
+        its tokens pays the bias once per completion, so it is left out here. Padded positions hold no meaning.
 
     Raises:
         ValueError: if the model has no head named `score` or more than one label.
@@ -189,7 +214,7 @@ class _PooledForward:
             pooled = last_token_scores(scores, attention_mask.to(scores.device))
         else:
             mask = attention_mask if completion_mask is None else completion_mask
-            pooled = sum_token_scores(scores, mask.to(scores.device))
+            pooled = sum_token_scores(scores, mask.to(scores.device)) + normalization_of(self.model)[1]
         result = SequenceClassifierOutputWithPast(
             logits=pooled.unsqueeze(-1),
             past_key_values=outputs.get("past_key_values"),
@@ -208,7 +233,11 @@ def _score_tokens(base: PreTrainedModel, inputs: dict[str, Any]) -> tuple[torch.
         # numbers once per row would sum the gradient of GPT-2's position table in another order.
         inputs = {**inputs, "position_ids": positions_from_mask(mask)}
     outputs = backbone(**inputs)
-    return _apply_head(base.score, outputs.last_hidden_state), outputs
+    scores = _apply_head(base.score, outputs.last_hidden_state)
+    gain, bias = normalization_of(base)
+    if (gain, bias) != (1.0, 0.0):
+        scores = scores * gain + (0.0 if pooled_aggregation(base) == "sum" else bias)
+    return scores, outputs
 
 
 def _apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
-from .hub import is_inside_repo, local_folder
-from .pooling import pool_by_attention_mask
+from .hub import find_file, is_inside_repo, local_folder
+from .pooling import pool_by_attention_mask, set_normalization
 from .sharding import whole_weights
 
 
@@ -58,7 +59,8 @@ def load_reward_model(
 
     Returns:
         `nn.Module`: the model in eval mode. A decoder's forward pools by the attention mask
-        ([`pool_by_attention_mask`]), with the aggregation it was trained with.
+        ([`pool_by_attention_mask`]), with the aggregation it was trained with, and gives scores after the gain and
+        the bias that were saved with it ([`save_normalization`]).
 
     Raises:
         ValueError: if there are no such files, they hold no trained head (huggingface/peft#1070), or not one score per
@@ -88,6 +90,9 @@ def load_reward_model(
     if isinstance(getattr(base, "score", None), nn.Module):
         set_head(base.score, head)
         pool_by_attention_mask(model, saved_aggregation(path))
+    normalization = saved_normalization(path)
+    if normalization is not None:
+        set_normalization(model, *normalization)
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -116,6 +121,37 @@ def load_critic(path_or_model_id: str | os.PathLike, *, subfolder: str | None = 
 def saved_aggregation(path: str) -> str:
     """How the reward model in `path` makes a score of its tokens; `"last"` where no file says."""
     return _read_json(find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
+
+
+def saved_normalization(path: str) -> tuple[float, float] | None:
+    """Gain and bias of the scores of the reward model in `path`; `None` where none were saved."""
+    saved = _read_json(find_file(path, REWARD_FILE))
+    if "score_gain" not in saved and "score_bias" not in saved:
+        return None
+    return float(saved["score_gain"]), float(saved["score_bias"])
+
+
+def save_normalization(folder: str | os.PathLike, gain: float, bias: float) -> None:
+    """Save gain and bias with a reward model: whoever loads it gets gain * score + bias, a critic made of it too.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of a saved reward model or adapter. Numbers saved before are replaced, not multiplied.
+        gain, bias (`float`):
+            As [`~rlhf_ext.functional.scores.score_normalization`] gives them for *raw* scores: load the model, set
+            `set_normalization(model, 1.0, 0.0)` and score samples of the reference.
+
+    Raises:
+        ValueError: `gain` is not positive, a number is not finite, or `folder` holds no model.
+    """
+    if not (math.isfinite(gain) and gain > 0 and math.isfinite(bias)):
+        raise ValueError(f"gain={gain!r} and bias={bias!r} must be finite, and gain positive: else the order flips.")
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{str(folder)!r} holds no reward model to save gain and bias with. Pass its folder.")
+    file = folder / REWARD_FILE
+    saved = _read_json(str(file) if file.exists() else None)
+    file.write_text(json.dumps({**saved, "score_gain": float(gain), "score_bias": float(bias)}), encoding="utf-8")
 
 
 def _load_classifier(
@@ -227,9 +263,16 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
         raise ValueError(f"{str(folder)!r} does not fit the model: {sorted(missing) + wrong.unexpected_keys}.")
 
 
-def save_reward_config(folder: str | os.PathLike, aggregation: str, backbone_dtype: torch.dtype | None) -> None:
+def save_reward_config(
+    folder: str | os.PathLike,
+    aggregation: str,
+    backbone_dtype: torch.dtype | None,
+    normalization: tuple[float, float] = (1.0, 0.0),
+) -> None:
     """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain."""
-    saved = {"reward_aggregation": aggregation}
+    saved: dict[str, Any] = {"reward_aggregation": aggregation}
+    if normalization != (1.0, 0.0):
+        saved["score_gain"], saved["score_bias"] = normalization
     if backbone_dtype is not None:
         saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
     with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:
@@ -254,18 +297,6 @@ def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         source = tensors.get(name.split(".")[-1])
         if source is not None and source.shape == parameter.shape:
             parameter.data.copy_(source)
-
-
-def find_file(path: str, name: str, revision: str | None = None) -> str | None:
-    """A file of a folder or of a repository on the Hub; `None` where it is not."""
-    return cached_file(
-        path,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
 
 
 def _read_json(file_name: str | None) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.candidates import end_at_closer
 from ..data.loading import common_prefix_length
-from .pooling import last_token_scores, pooled_aggregation, sum_token_scores, token_scores
+from .pooling import (
+    has_normalization,
+    last_token_scores,
+    normalization_of,
+    pooled_aggregation,
+    sum_token_scores,
+    token_scores,
+)
 
 
 Text = str | list[dict[str, Any]]
@@ -71,6 +78,11 @@ class ModelReward:
         self.eos_token_ids: set[int] = {policy_processing_class.eos_token_id} - {None}
         self.__name__ = name or _name_of(model)
 
+    @property
+    def is_normalized(self) -> bool:
+        """Whether a gain and a bias were saved with the model."""
+        return has_normalization(self.model)
+
     def __call__(
         self,
         prompts: Sequence[Text],
@@ -109,36 +121,44 @@ class ModelReward:
                 self._text_ids(prompt, completion, bool(ids) and ids[-1] in self.eos_token_ids)
                 for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
             ]
-            starts = [self._prompt_ids(prompt) for prompt in prompts] if self._sums() else rows
+            starts = [self._prompt_ids(prompt) for prompt in prompts] if self.sums else rows
             lengths = [len(row) - common_prefix_length(start, row) for start, row in zip(starts, rows, strict=True)]
         self._check_lengths(rows)
         scores: list[float] = []
-        with _inference(self.model):
+        with inference(self.model):
             for start in range(0, len(rows), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 scores += self._score(rows[batch], lengths[batch]).tolist()
         return scores
 
-    def _sums(self) -> bool:
+    @property
+    def sums(self) -> bool:
+        """Whether a score is a sum over the completion's tokens."""
         return _has_score(self.model) and pooled_aggregation(self.model) == "sum"
 
     def _score(self, rows: list[list[int]], completion_lengths: list[int]) -> torch.Tensor:
+        input_ids, attention_mask = self._padded(rows)
+        if not _has_score(self.model):
+            gain, bias = normalization_of(self.model)
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float() * gain + bias
+        scores = token_scores(self.model, input_ids, attention_mask)
+        if not self.sums:
+            return last_token_scores(scores, attention_mask)
+        first = attention_mask.sum(-1) - torch.tensor(completion_lengths, device=attention_mask.device)
+        steps = torch.arange(attention_mask.size(1), device=attention_mask.device)
+        completion_mask = (steps >= first[:, None]) & attention_mask.bool()
+        return sum_token_scores(scores, completion_mask) + normalization_of(self.model)[1]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, padded on the right."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(row) for row in rows])
-        steps = torch.arange(int(lengths.max()))
-        attention_mask = (steps < lengths[:, None]).long().to(device)
+        attention_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
         pad = self.processing_class.pad_token_id or 0  # any id will do: the mask hides it
         input_ids = torch.full(attention_mask.shape, pad, device=device)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids, device=device)
-        if not _has_score(self.model):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
-        scores = token_scores(self.model, input_ids, attention_mask)
-        if not self._sums():
-            return last_token_scores(scores, attention_mask)
-        first = lengths - torch.tensor(completion_lengths)
-        completion_mask = (steps >= first[:, None]).to(device) & attention_mask.bool()
-        return sum_token_scores(scores, completion_mask)
+        return input_ids, attention_mask
 
     def _prompt_ids(self, prompt: Text) -> list[int]:
         if isinstance(prompt, str):
@@ -259,7 +279,8 @@ def _name_of(model: nn.Module) -> str:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients, as they were afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -142,6 +142,8 @@ def run_shape(
             return config
         return read_config(path, trust)
 
+    named = [script_args.reward_model_path, *(script_args.token_reward_funcs or []), *(script_args.probe_funcs or [])]
+    models = [name for name in named if name and ":" not in name]  # the others are Python functions
     critic = training_args.critic
     if critic is None:
         reads_values = training_args.advantage_estimator != "leave_one_out"
@@ -161,7 +163,7 @@ def run_shape(
         reference=reference,
         critic=critic,
         critic_config=other(script_args.critic_model_path or script_args.reward_model_path),
-        reward_configs=[other(script_args.reward_model_path)] if script_args.reward_model_path else [],
+        reward_configs=[other(name) for name in models],
         rows=training_args.per_device_train_batch_size,
         rollout=training_args.per_device_train_batch_size * training_args.steps_per_generation,
         prompt_length=prompt_length,

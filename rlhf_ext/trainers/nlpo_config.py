@@ -1,6 +1,6 @@
 """Arguments of [`NLPOTrainer`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .ppo_config import PPOConfig
 
@@ -33,6 +33,12 @@ class NLPOConfig(PPOConfig):
         for name in ("mask_min_tokens", "mask_refresh_rollouts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        default = {f.name: f.default for f in fields(type(self))}
+        for name in ("mask_min_tokens", "mask_refresh_rollouts"):
+            if self.mask_top_p == 1.0 and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect: mask_top_p=1.0 masks nothing. Remove it."
+                )
         if self.policy_objective == "penalty" and self.mask_top_p < 1.0:
             raise ValueError(
                 "policy_objective='penalty' takes its KL over the whole vocabulary, where a masked policy's is "

@@ -12,9 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..models.adapters import check_adapter_weights, load_adapter_weights, save_scalar_adapter
 from ..models.checkpoints import CompleteCheckpointMixin, load_state, weights_digest
-from ..models.pooling import classifier_of
+from ..models.pooling import classifier_of, normalization_of
 from ..models.reward_checkpoints import load_weights, plain_dtype, save_reward_config
 from ..models.roles import CRITIC, POLICY, REFERENCE, REWARD, base_of
+from ..models.score_wrappers import parts_of, unit_of
 from ..models.sharding import add_frozen, is_in_pieces
 
 
@@ -82,12 +83,18 @@ class CheckpointMixin(CompleteCheckpointMixin):
         """What says whether reference and reward models are those of the run; adapters are compared one by one."""
         if self._digests is None:
             models = {"reference": self.reference} if self.reference is not None else {}
-            for index, function in enumerate(self.reward_funcs):
-                model = getattr(getattr(function, "reward", None), "model", None)
-                if isinstance(model, nn.Module) and model is not self.roles.model:
-                    models[f"reward_funcs[{index}]"] = model
+            for name in ("reward_funcs", "token_rewards"):
+                for index, function in enumerate(getattr(self, name)):
+                    found = [getattr(part, "model", None) for part in parts_of(function)]
+                    own = [m for m in found if isinstance(m, nn.Module) and m is not self.roles.model]
+                    models |= {f"{name}[{index}]" + "'" * count: model for count, model in enumerate(own)}
             whole = {name: model for name, model in models.items() if not is_in_pieces(model)}
             self._digests = {f"weights of {name}": weights_digest(model) for name, model in whole.items()}
+            units = {name: normalization_of(model) for name, model in models.items() if name != "reference"}
+            units |= {"reward_adapter": unit_of(self.reward_funcs[0])}
+            if getattr(self.roles.base, f"{REWARD}_head", None) is not None:
+                units["the reward head"] = self.roles.base.reward_head.score_normalization
+            self._digests |= {f"gain and bias of {name}": str(unit) for name, unit in units.items()}
         return self._digests
 
     def _state_file(self, folder: str) -> str:
@@ -179,13 +186,19 @@ class CheckpointMixin(CompleteCheckpointMixin):
             prefix = next(n for n, _ in self.model.named_modules() if n.split(".")[-1] == CRITIC) + "."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
             base.critic.save_pretrained(os.path.join(folder, CRITIC), state_dict=own)
-            save_reward_config(os.path.join(folder, CRITIC), "last", plain_dtype(classifier_of(base.critic)))
+            save_reward_config(
+                os.path.join(folder, CRITIC),
+                "last",
+                plain_dtype(classifier_of(base.critic)),
+                normalization_of(base.critic),
+            )
             self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
         for name in (CRITIC, REWARD):
             if getattr(base, f"{name}_head", None) is not None:
                 adapter = REWARD if self.critic == "shared" else name
                 head = next(tensor for key, tensor in state.items() if key.endswith(f".{name}_head.weight"))
-                save_scalar_adapter(self.roles.model, adapter, head, os.path.join(folder, name), state)
+                unit = getattr(base, f"{name}_head").score_normalization
+                save_scalar_adapter(self.roles.model, adapter, head, os.path.join(folder, name), state, unit)
                 self.processing_class.save_pretrained(os.path.join(folder, name))
 
 

@@ -81,7 +81,8 @@ class PPOConfig(GRPOConfig):
             below target / 1.5 and doubled above 1.5 target. `None` keeps it fixed.
         target_kl (`float`, *optional*):
             Early stop: an optimizer step whose mean approximate KL to the old policy (nats per token) is above it,
-            and the rollout's steps after it, are not taken. They count for `max_steps` and the schedule.
+            and the rollout's steps after it, are not taken. They count for `max_steps` and the schedule. Needs more
+            than one optimizer step per rollout: the first one starts from the old policy.
         entropy_bonus_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the mean entropy per token, with the divisor of the policy loss.
         epsilon_value (`float`, *optional*, defaults to `0.2`):
@@ -107,7 +108,7 @@ class PPOConfig(GRPOConfig):
             view, needs `num_generations >= 2`).
         baseline (`str`, *optional*, defaults to `"none"`):
             For `advantage_estimator="returns"` without a critic: `"batch_mean"` subtracts the mean return of all
-            tokens of the rollout.
+            tokens of the rollout. Needs `whiten_advantages=False`, since whitening subtracts any constant again.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per token.
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -170,7 +171,7 @@ class PPOConfig(GRPOConfig):
     kl_horizon: int = field(default=10_000, metadata={"help": "Horizon of the KL controller in sequences."})
     advantage_estimator: str = field(default="gae", metadata={"help": "'gae', 'returns' or 'leave_one_out'."})
     baseline: str = field(
-        default="none", metadata={"help": "'none' or 'batch_mean': subtracted from 'returns' without a critic."}
+        default="none", metadata={"help": "'none' or 'batch_mean': subtracted from unwhitened 'returns'."}
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
@@ -321,24 +322,39 @@ class PPOConfig(GRPOConfig):
     def _check_without_effect(self) -> None:
         """A field that the chosen objective, estimator or critic never reads looks like one that works."""
         default = {f.name: f.default for f in fields(type(self))}
-        has_critic = self.critic != "none" and self.advantage_estimator != "leave_one_out"
+        objective, estimator = self.policy_objective, self.advantage_estimator
+        has_critic = self.critic != "none" and estimator != "leave_one_out"
+        steps = self.optimizer_steps_per_rollout
+        read_by_penalty = (objective == "penalty", f"policy_objective={objective!r} has no penalty")
+        read_by_clip = (objective == "clip", f"policy_objective={objective!r} clips no ratio")
+        read_by_critic = (has_critic, f"advantage_estimator={estimator!r} with critic={self.critic!r} has no critic")
         read = {
-            "penalty_coef": self.policy_objective == "penalty",
-            "penalty_kl_target": self.policy_objective == "penalty",
-            "epsilon_high": self.policy_objective == "clip",
-            "delta": self.policy_objective == "clip",
-            "target_kl": self.policy_objective != "pg",
-            "baseline": self.advantage_estimator == "returns" and self.critic == "none",
-            "critic_warmup_rollouts": has_critic,
-            "kl_estimator": self.kl_coef > 0,
+            "penalty_coef": read_by_penalty,
+            "penalty_kl_target": read_by_penalty,
+            "epsilon": read_by_clip,
+            "epsilon_high": read_by_clip,
+            "delta": read_by_clip,
+            "target_kl": (
+                objective != "pg" and steps > 1,
+                f"policy_objective={objective!r} with {steps} optimizer step(s) per rollout never measures a policy "
+                "that has moved, for it does so before a step",
+            ),
+            "baseline": (
+                estimator == "returns" and self.critic == "none" and not self.whiten_advantages,
+                f"advantage_estimator={estimator!r} with critic={self.critic!r} and whiten_advantages="
+                f"{self.whiten_advantages} has a baseline already; it is for 'returns', 'none' and False",
+            ),
+            "gae_lambda": (estimator == "gae", f"advantage_estimator={estimator!r} has no lambda"),
+            "gamma": (estimator != "leave_one_out", "advantage_estimator='leave_one_out' adds rewards up"),
+            "epsilon_value": read_by_critic,
+            "vf_coef": read_by_critic,
+            "critic_warmup_rollouts": read_by_critic,
+            "kl_estimator": (self.kl_coef > 0, "kl_coef=0 charges no KL"),
+            "kl_horizon": (self.adaptive_kl_target is not None, "adaptive_kl_target=None keeps kl_coef fixed"),
         }
-        for name, is_read in read.items():
+        for name, (is_read, reason) in read.items():
             if not is_read and getattr(self, name) != default[name]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with policy_objective={self.policy_objective!r}, "
-                    f"advantage_estimator={self.advantage_estimator!r}, critic={self.critic!r}, "
-                    f"kl_coef={self.kl_coef}. Remove it."
-                )
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect: {reason}. Remove it.")
         if self.kl_estimator != "k1":
             logger.warning(
                 f"kl_estimator={self.kl_estimator!r} inside the reward has a biased gradient, 'k1' has not. Use it to "

@@ -6,9 +6,10 @@ Shapes: B rows of this process, P prompt tokens (left-padded), C completion toke
 import torch
 
 from ..functional import estimate_kl, masked_whiten, shape_rewards
-from ..functional.statistics import rollout_statistics, row_means
+from ..functional.statistics import completion_statistics, rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
+from ..models.token_rewards import pad_rows
 
 
 def token_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -53,7 +54,11 @@ class RolloutMixin:
             charged = torch.where(mask, estimate_kl(logps, reference, estimator=self.args.kl_estimator), 0.0)
         scored = ~rollout["scores"].isnan()
         rollout["rewards"] = shape_rewards(
-            torch.where(scored, rollout["scores"], 0.0), charged, mask, kl_coef=self.kl_coef
+            torch.where(scored, rollout["scores"], 0.0),
+            charged,
+            mask,
+            kl_coef=self.kl_coef,
+            token_rewards=pad_rows(self._token_rewards, like=logps) if self.token_rewards else None,
         )
         rollout["raw_rewards"] = rollout["rewards"]
         # A row without a score teaches nothing, not even through the moments.
@@ -94,8 +99,8 @@ class RolloutMixin:
         ids, mask = whole_rows(batch)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         if self.critic == "shared":  # the forward that scored the rows gave them
-            outputs = torch.zeros(mask.shape, device=ids.device)
-            outputs[mask.bool()] = torch.cat(self.reward_funcs[0].reward.values)
+            values = torch.cat(self.adapter_reward.values)
+            outputs = values.new_zeros(mask.shape).masked_scatter(mask.bool(), values)
         else:
             outputs = torch.cat(
                 [
@@ -157,6 +162,11 @@ class RolloutMixin:
         self._logs["advantages"].extend(per_row.tolist())
         if mode == "train" and self.kl_controller is not None:
             self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
+
+    def _log_completions(self, batch: dict[str, torch.Tensor], mode: str) -> None:
+        ids, mask = self._gather(batch["completion_ids"]), self._gather(batch["completion_mask"]).bool()
+        for name, value in completion_statistics(ids, mask, eos_token_ids=list(self.eos_token_ids)).items():
+            self._metrics[mode][name].append(value.item())
 
     def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
         mode = "train" if self.model.training else "eval"

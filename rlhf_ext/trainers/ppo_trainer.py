@@ -29,24 +29,26 @@ from ..functional import (
     value_loss,
 )
 from ..functional.advantages import baseline_advantages
-from ..functional.rewards import combine_scores
 from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
 from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, with_base_revision
 from ..models.positions import count_positions_from_mask
-from ..models.rewards import AdapterReward, resolve_rewards
+from ..models.rewards import AdapterReward, adapter_of, resolve_reward, resolve_rewards, resolve_token_rewards
 from ..models.roles import CRITIC, checkpoint_context
-from ..models.scoring import ModelReward, checked_reward
+from ..models.score_wrappers import CutAt, ScoreWrapper, parts_of, unit_of
+from ..models.scoring import ModelReward, saved_normalization
 from .launch import check_launch, prepare_frozen, reset_reentrant
 from .ppo_card import PPOCardMixin
 from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
+from .ppo_rewards import RewardsMixin
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
+from .ppo_throughput import StepClock, ThroughputMixin
 from .ppo_update import StepGuard, UpdateMixin
 
 
-class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
+class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -78,6 +80,14 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
             Folder of a reward adapter that was trained on the same base. It is the first reward (so the first of
             `args.reward_weights`), is added to the policy's base, and the
             critic starts as a copy of it (`critic="adapter"`), or as a second head on it (`critic="shared"`).
+            Wrappers of [`~rlhf_ext.models.score_wrappers`] may stand around it, as around any reward.
+        token_reward_funcs (`str`, `nn.Module`, `Callable`, or a list of these, *optional*):
+            Rewards of single tokens, added to the score and the KL: functions with TRL's signature that return one
+            list per completion, or reward models trained with `reward_aggregation="sum"` on the policy's tokens.
+        probe_funcs (as `reward_funcs`, *optional*):
+            Never paid, only logged for every rollout as `probe/NAME/mean` and `/std`: a gold reward, a second reward
+            model, an [`~rlhf_ext.models.score_wrappers.EnsembleSpread`]. A score that rises while they turn is
+            over-optimised (Stiennon et al. 2020, Sec. 4.3).
 
     Raises:
         ValueError: data, tokenizer, critic or rewards do not fit; before any training.
@@ -111,7 +121,9 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
         quantization_config=None,
         peft_config=None,
         critic_model=None,
-        reward_adapter: str | None = None,
+        reward_adapter: str | ScoreWrapper | None = None,
+        token_reward_funcs=None,
+        probe_funcs=None,
     ):
         args = PPOConfig("ppo") if args is None else copy.copy(args)  # the caller may use it for another trainer
         check_launch(args, model)
@@ -140,8 +152,17 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
         rewards = resolve_rewards(
             reward_funcs, reward_processing_classes, tokenizer, batch_size, trust_remote_code=args.trust_remote_code
         )
+        options = {"batch_size": batch_size, "trust_remote_code": args.trust_remote_code}
+        self.token_rewards = resolve_token_rewards(token_reward_funcs, tokenizer, **options)
+        self.probes = resolve_rewards(probe_funcs, None, tokenizer, **options)
         if not rewards and reward_adapter is None:
-            raise ValueError("reward_funcs is empty and no reward_adapter was given: nothing would be rewarded.")
+            if not self.token_rewards:
+                raise ValueError(
+                    "reward_funcs is empty, and neither a reward_adapter nor token_reward_funcs was given: nothing "
+                    "would be rewarded."
+                )
+            rewards = resolve_rewards(no_score, None, tokenizer, batch_size)
+        treated_adapter, reward_adapter = reward_adapter, adapter_of(reward_adapter)
         self.critic, critic_model = choose_critic(
             args.critic,
             base=model,
@@ -168,21 +189,23 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
             critic=self.critic,
             critic_model=critic_model,
             reward_adapter=reward_adapter,
+            value_unit=unit_of(treated_adapter, (args.reward_weights or [1.0])[0]),
             peft_config=peft_config,
             keep_reference=args.kl_coef > 0,
             keep_target=getattr(args, "mask_top_p", 1.0) < 1.0,
         )
         if reward_adapter is not None:
             # The first reward, so the first of `reward_weights`.
-            adapter_reward = AdapterReward(
-                self.roles.model, tokenizer.pad_token_id, batch_size, with_values=self.critic == "shared"
+            self.adapter_reward = AdapterReward(
+                self.roles.model,
+                tokenizer.pad_token_id,
+                batch_size,
+                is_normalized=saved_normalization(reward_adapter) is not None,
+                with_values=self.critic == "shared",
             )
-            checked = checked_reward(adapter_reward)
-            checked.reward = adapter_reward
-            rewards = [checked, *rewards]
-            if self.critic in ("adapter", "shared") and args.reward_weights is not None:
-                # The critic predicts what PPO pays, the weighted score.
-                self.roles.base.critic_head.weight.data.mul_(args.reward_weights[0])
+            rewards = [resolve_reward(treated_adapter, lambda _: self.adapter_reward, tokenizer), *rewards]
+            if self.critic == "shared" and any(isinstance(part, CutAt) for part in parts_of(rewards[0])):
+                raise ValueError("critic='shared' reads values where the scores are read, and CutAt cuts that text.")
         if args.gradient_checkpointing and reward_adapter is not None:
             given = args.gradient_checkpointing_kwargs or {}
             given = {**given, "use_reentrant": False, "context_fn": checkpoint_context}
@@ -211,9 +234,11 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
             add_fused_lm_head(self.reference, temperature=self.temperature)
             count_positions_from_mask(self.reference.base_model)
             self.reference = prepare_frozen(self.reference, self.accelerator)
-        for reward in [func.reward for func in rewards if isinstance(getattr(func, "reward", None), ModelReward)]:
-            reward.eos_token_ids = set(self.eos_token_ids)
-            reward.model.to(self.accelerator.device)
+        for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:
+            if hasattr(part, "eos_token_ids"):
+                part.eos_token_ids = set(self.eos_token_ids)
+            if isinstance(part, ModelReward):
+                part.model.to(self.accelerator.device)
         self.kl_controller = None
         if args.adaptive_kl_target is not None:
             self.kl_controller = AdaptiveKLController(
@@ -229,6 +254,7 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
         self._step_kl = torch.zeros(2, device=self.accelerator.device)
         if args.target_kl is not None or args.critic_warmup_rollouts:
             self.add_callback(StepGuard(self))
+        self.add_callback(StepClock(self))
         # The parent's loss keeps its log-probabilities to itself; its forward's output does not.
         self._outputs = None
         self.model.register_forward_hook(self._keep_outputs)
@@ -242,16 +268,7 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
         """Weight of the KL in the reward of the next rollout."""
         return self.args.kl_coef if self.kl_controller is None else self.kl_controller.kl_coef
 
-    # First wrap: keep the raw scores, and hand the prompt's ids to the reward functions
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        prompt_ids = self._tokenize_prompts(prompts)[0]
-        rows = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
-        rewards_per_func = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
-        self._scores = combine_scores(rewards_per_func, self.reward_weights)
-        return rewards_per_func
-
-    # Second wrap: values, reference, rewards, advantages
+    # First wrap, of `_calculate_rewards`: in ppo_rewards.py. Second wrap: values, reference, rewards, advantages
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
@@ -268,6 +285,7 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
         if self.args.policy_objective == "pg":
             batch.pop("old_per_token_logps", None)
         self._log_rollout(rollout, mode)
+        self._log_completions(batch, mode)
         return batch
 
     def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,6 +415,11 @@ class PPOTrainer(RolloutMixin, UpdateMixin, CheckpointMixin, PPOCardMixin, GRPOT
                 f"optimizers[0] lacks {len(lost)} trained parameters, {lost[0]!r} first: the critic and new adapters "
                 "are made by the trainer. Pass no optimizer, and set `optim`, `learning_rate`, `critic_learning_rate`."
             )
+
+
+def no_score(prompts: list, **kwargs: Any) -> list[float]:
+    """The score of a run whose tokens alone are rewarded."""
+    return [0.0] * len(prompts)
 
 
 def _named(eval_dataset) -> list[tuple[str, Any]]:

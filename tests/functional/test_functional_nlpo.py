@@ -85,7 +85,7 @@ def test_errors():
     hidden, weight, bias, ids, allowed, mask = inputs()
     with pytest.raises(ValueError, match="`allowed` is torch.int64"):
         pack_mask(allowed.long())
-    with pytest.raises(ValueError, match="expected torch.uint8 of width 2 for 13"):
+    with pytest.raises(ValueError, match="`packed` is torch.uint8 of width 1, expected torch.uint8 of width 2 for 13"):
         unpack_mask(pack_mask(allowed)[..., :1], 13)
     with pytest.raises(ValueError, match="is not allowed by `packed`"):
         masked_logps(hidden, weight, bias, ids, pack_mask(~allowed), mask, temperature=1.0, chunk_size=3)

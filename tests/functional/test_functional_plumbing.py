@@ -64,6 +64,16 @@ def test_a_ranking_is_all_its_pairs_and_counts_once():
     assert torch.autograd.gradcheck(lambda r: candidates_loss(r, targets, rankings, mask)[0], rewards)
 
 
+def test_a_ranking_may_begin_with_the_first_candidate():
+    """A row is ranked where its first entry is no -1; candidate 0 is an entry like any other."""
+    rewards = torch.tensor([[1.0, 0.2, -0.5]], dtype=torch.float64)
+    targets, mask = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    loss, metrics = candidates_loss(rewards, targets, torch.tensor([[0, 1, 2]]), mask)
+    gaps = (0.8, 1.5, 0.7)
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / 3, abs=1e-12)
+    assert metrics["accuracy"] == 1.0 and metrics["margin"].item() == pytest.approx(1.0)
+
+
 def test_a_margin_is_taken_from_the_first_reward():
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
     targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from rlhf_ext.functional.statistics import explained_variance, ratio_statistics, rollout_statistics
+from rlhf_ext.functional.statistics import (
+    completion_statistics,
+    distinct_ngrams,
+    explained_variance,
+    ratio_statistics,
+    rollout_statistics,
+)
 
 
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, True, True]])
@@ -126,3 +132,49 @@ def test_a_mask_of_integers_is_refused():
         ratio_statistics(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).long())
     with pytest.raises(ValueError, match="`old_logps` has shape"):
         ratio_statistics(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
+
+
+IDS = torch.tensor([[5, 6, 5, 6], [5, 6, 1, 9], [7, 1, 9, 9]])
+REAL = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+
+
+def test_distinct_ngrams_by_hand():
+    """Tokens 5 6 5 6 | 5 6 1 | 7 1: unigrams 5 6 1 7 of 9; bigrams 56 65 61 71 of 6; trigrams 565 656 561 of 3."""
+    found = [distinct_ngrams(IDS, REAL, n=n).item() for n in (1, 2, 3, 4, 5)]
+    assert found == pytest.approx([4 / 9, 4 / 6, 1.0, 1.0, 0.0])
+    one = torch.ones(2, 3, dtype=torch.bool)
+    assert distinct_ngrams(torch.full((2, 3), 7), one, n=2).item() == 0.25
+    assert distinct_ngrams(torch.arange(6).view(2, 3), one, n=2).item() == 1.0, "no n-gram reaches into the next row"
+
+
+def test_an_ngram_has_no_hole():
+    mask = torch.tensor([[True, False, True, True]])
+    assert distinct_ngrams(torch.tensor([[3, 4, 3, 4]]), mask, n=2).item() == 1.0
+    assert distinct_ngrams(torch.tensor([[3, 4, 3, 4]]), mask, n=1).item() == pytest.approx(2 / 3)
+
+
+def test_completion_statistics_by_hand():
+    found = completion_statistics(IDS, REAL, eos_token_ids=[1, 9])
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {"completions/eos_rate": 2 / 3, "completions/distinct_1": 4 / 9, "completions/distinct_2": 4 / 6}
+    )
+    assert completion_statistics(IDS, REAL, eos_token_ids=[9])["completions/eos_rate"] == 0, "padding ends nothing"
+    wider = completion_statistics(
+        torch.nn.functional.pad(IDS, (0, 3), value=1), torch.nn.functional.pad(REAL, (0, 3)), eos_token_ids=[1, 9]
+    )
+    assert wider == found
+    for empty in (completion_statistics(IDS, torch.zeros_like(REAL), eos_token_ids=[1]), _nothing()):
+        assert all(value == 0 for value in empty.values())
+
+
+def _nothing():
+    return completion_statistics(torch.zeros(0, 3).long(), torch.zeros(0, 3).bool(), eos_token_ids=[1])
+
+
+def test_token_ids_are_checked():
+    with pytest.raises(ValueError, match="`ids` is torch.float32 of shape .3, 4.*pass the token ids"):
+        distinct_ngrams(IDS.float(), REAL, n=1)
+    with pytest.raises(ValueError, match="`ids` is torch.int64 of shape .3, 3"):
+        completion_statistics(IDS[:, :3], REAL, eos_token_ids=[1])
+    with pytest.raises(ValueError, match="n"):
+        distinct_ngrams(IDS, REAL, n=0)

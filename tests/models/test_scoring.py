@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from rlhf_ext.data.candidates import pair_to_candidates, tokenize_candidates
 from rlhf_ext.models.scoring import (
     ModelReward,
     checked_reward,
@@ -46,32 +44,6 @@ def test_the_pooled_forward_is_the_stock_forward_where_text_holds_no_pad(kind):
     assert pool_by_attention_mask(model) is model
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, stock)
     assert model(input_ids=ids, attention_mask=mask, return_dict=False)[0].shape == (2, 1)
-
-
-@KINDS
-def test_s06_padding_on_the_left_changes_nothing(kind):
-    model = pool_by_attention_mask(tiny_reward_model(kind, tiny_tokenizer()))
-    ids, mask = rows([5, 6, 7, 8], [9, 10])
-    expected = model(input_ids=ids, attention_mask=mask).logits
-    for width in (4, 5, 11):
-        left, left_mask = rows([5, 6, 7, 8], [9, 10], side="left", width=width)
-        torch.testing.assert_close(model(input_ids=left, attention_mask=left_mask).logits, expected, atol=1e-5, rtol=0)
-        scores = last_token_scores(token_scores(model, left, left_mask), left_mask)
-        torch.testing.assert_close(scores, expected[:, 0], atol=1e-5, rtol=0)
-
-
-@KINDS
-def test_s02_eos_is_read_although_it_pads(kind):
-    tokenizer = tiny_tokenizer(pad_is_eos=True)
-    model = tiny_reward_model(kind, tokenizer)
-    eos = tokenizer.eos_token_id
-    ids, mask = torch.tensor([[5, 6, eos], [5, 6, eos]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    finished, cut = model(input_ids=ids, attention_mask=mask).logits.flatten()
-    torch.testing.assert_close(finished, cut)  # the stock forward reads both at token 6
-    pool_by_attention_mask(model)
-    finished, cut = model(input_ids=ids, attention_mask=mask).logits.flatten()
-    assert finished != cut
-    torch.testing.assert_close(cut[None], model(input_ids=ids[1:, :2], attention_mask=mask[1:, :2]).logits[0])
 
 
 def test_pooling_survives_copies_pickles_peft_and_changes_of_aggregation():
@@ -141,15 +113,11 @@ def test_wrong_models_masks_and_labels_are_refused():
         model(input_ids=ids, attention_mask=mask, completion_mask=mask)
 
 
-def test_loading_refuses_files_without_a_trained_head(tmp_path):
+def test_a_head_may_come_with_the_base_and_has_one_label(tmp_path):
     tokenizer = tiny_tokenizer()
     tiny_causal_lm("llama", tokenizer).save_pretrained(tmp_path / "lm")
-    with pytest.raises(ValueError, match="score.weight.*random"):
-        load_reward_model(tmp_path / "lm")
     two = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lm", num_labels=1)
     get_peft_model(two, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "no-head")
-    with pytest.raises(ValueError, match="Neither the adapter.*score.weight.*modules_to_save"):
-        load_reward_model(tmp_path / "no-head")
     tiny_reward_model("llama", tokenizer).save_pretrained(tmp_path / "rm")
     # A base that is a reward model itself brings the head.
     assert load_reward_model(tmp_path / "no-head", base_model=tmp_path / "rm") is not None
@@ -193,18 +161,6 @@ def test_request_2_another_tokenizer_reads_the_text():
         assert score == pytest.approx(token_scores(model, ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5)
     reward.eos_token_ids = {7}
     assert reward(["w1 "], ["good w2"], [[6, 7]])[0] == pytest.approx(scores[0], abs=1e-6)
-
-
-def test_s03_messages_are_closed_by_the_template_only_when_finished():
-    own = tiny_tokenizer(words=tuple(reversed(WORDS)))
-    model = tiny_reward_model("llama", own)
-    reward = ModelReward(model, own, tiny_tokenizer())
-    prompt, completion = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "good"}]
-    trained = own.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
-    finished, cut = reward([prompt, prompt], [completion, completion], [[6, 1], [6]])
-    for score, ids in ((finished, trained), (cut, trained[:-1])):
-        ids = torch.tensor([ids])
-        assert score == pytest.approx(token_scores(model, ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5)
 
 
 def test_an_encoder_is_read_through_its_own_forward():
@@ -286,32 +242,3 @@ def test_checked_rewards_keep_names_and_values():
         asyncio.run(waiting(prompts=["a"] * 3, completions=["b"] * 3))
     with pytest.raises(ValueError, match="returned a float"):
         checked_reward(lambda **kwargs: 1.0)(**batch)
-
-
-def line_break_tokenizer(words=WORDS):
-    """A tokenizer that keeps line breaks, and a template that writes one behind the end of every turn, as ChatML."""
-    tokenizer = tiny_tokenizer(words=(*words, "\n"))
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token + ' '", "eos_token + ' \\n '")
-    return tokenizer
-
-
-@pytest.mark.parametrize("own_words", [WORDS, tuple(reversed(WORDS))], ids=["shared", "own"])
-def test_s03_training_and_scoring_end_at_the_token_that_closes_the_turn(own_words):
-    own, policy = line_break_tokenizer(own_words), line_break_tokenizer()
-    prompt, good = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "good"}]
-    bad = [{"role": "assistant", "content": "bad"}]
-    template = own.apply_chat_template(prompt + good, tokenize=True, return_dict=True)["input_ids"]
-    assert own.decode(template[-1:]) == "\n" and template[-2] == own.eos_token_id
-    general = tokenize_candidates({"prompt": prompt, "completions": [good, bad]}, own)
-    assert general["candidate_ids"][0] == template[:-1]
-    pair = {"prompt": prompt, "chosen": prompt + good, "rejected": prompt + bad}
-    pair |= {"chosen_ids": template, "rejected_ids": [*template[:-3], *own("bad")["input_ids"], *template[-2:]]}
-    assert pair_to_candidates(pair, 0, own, None)["candidate_ids"] == general["candidate_ids"]
-
-    model = tiny_reward_model("llama", own)
-    reward = ModelReward(model, own, policy)
-    ids = [*policy("good")["input_ids"], policy.eos_token_id]
-    row = torch.tensor([general["candidate_ids"][0]])
-    trained = token_scores(model, row, torch.ones_like(row))[0, -1].item()
-    assert reward([prompt], [good], [ids])[0] == pytest.approx(trained, abs=1e-5)

@@ -1,4 +1,4 @@
-"""NLPO: masks of an older policy in sampling and in both log-probabilities, kept with the rollout, renewed in time."""
+"""NLPO: masks of an older policy in sampling, kept with the rollout, renewed in time. Losses: `test_ppo_pairs.py`."""
 
 import pytest
 import torch
@@ -6,34 +6,19 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from rlhf_ext import NLPOConfig, NLPOTrainer
-from rlhf_ext.functional import estimate_kl, top_p_mask
+from rlhf_ext.functional import top_p_mask
 from rlhf_ext.functional.nlpo import unpack_mask
-from rlhf_ext.trainers.ppo_rollout import token_mask, whole_rows
+from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout, stir
+from tests.trainers.ppo_runs import ARGUMENTS, PROMPTS, make_trainer
 from tests.trainers.test_ppo_roles import logged, weights
 
 
 def make_nlpo(tmp_path, kind="llama", lora=False, **config):
     tokenizer = tiny_tokenizer()
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 2,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 7,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "mask_top_p": 0.7,
-        "mask_min_tokens": 1,
-        "mask_refresh_rollouts": 1,
-    }
+    defaults = {**ARGUMENTS, "learning_rate": 1e-2, "mask_top_p": 0.7}
+    if config.get("mask_top_p") != 1.0:
+        defaults |= {"mask_min_tokens": 1, "mask_refresh_rollouts": 1}
     return NLPOTrainer(
         tiny_causal_lm(kind, tokenizer),
         reward_funcs=tiny_reward_model(kind, tokenizer, seed=1),
@@ -75,98 +60,6 @@ def test_all_tokens_allowed_is_ppo_bit_for_bit(tmp_path, lora):
     assert found[0].keys() == found[1].keys() and same(*found)
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("llama", False), ("gpt2", False), ("llama", True)])
-def test_samples_lie_in_the_masks_of_the_masking_policy(tmp_path, kind, lora):
-    trainer = make_nlpo(tmp_path, kind, lora, temperature=0.8)
-    stir(trainer)  # so that masking policy and policy differ
-    batch = rollout(trainer)
-    mask, allowed = token_mask(batch), masks_of(trainer, batch)
-    assert len(set(batch["prompt_mask"].sum(1).tolist())) > 1
-    assert allowed.gather(-1, batch["completion_ids"][..., None])[mask].all()
-    assert allowed[mask][:, trainer._keep_ids].all()
-    assert allowed[mask].float().mean() < 0.9
-    expected = plain_masks(trainer, batch)
-    assert (allowed[mask] == expected[mask]).all(-1).float().mean() > 0.95  # a cache may flip a token at the border
-    own = trainer.roles.base(input_ids=whole_rows(batch)[0], attention_mask=whole_rows(batch)[1]).logits
-    first = batch["prompt_ids"].size(1)
-    own = top_p_mask(own[:, first - 1 : -1] / 0.8, top_p=0.7, min_tokens=1, keep_ids=trainer._keep_ids)
-    assert (own[mask] != allowed[mask]).any(), "the policy's own masks would prove nothing"
-    assert "generate" not in vars(trainer.model)
-
-
-@pytest.mark.parametrize(("kind", "lora"), [("llama", False), ("gpt2", True)])
-def test_loss_is_the_clipped_one_on_masked_log_probabilities(tmp_path, kind, lora):
-    trainer = make_nlpo(tmp_path, kind, lora, entropy_bonus_coef=0.2)
-    batch = rollout(trainer)
-    mask, allowed = token_mask(batch), masks_of(trainer, batch)
-    ids, attention_mask = whole_rows(batch)
-    first = batch["prompt_ids"].size(1)
-
-    def by_hand():
-        logits = trainer.model(input_ids=ids, attention_mask=attention_mask).logits[:, first - 1 : -1]
-        logps = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-        entropy = -(logps.exp() * torch.where(allowed, logps, 0.0)).sum(-1)
-        return logps.gather(-1, batch["completion_ids"][..., None])[..., 0], entropy
-
-    with torch.no_grad():
-        now, _ = by_hand()
-    torch.testing.assert_close(batch["old_per_token_logps"][mask], now[mask], atol=1e-5, rtol=0)
-    stir(trainer)
-    trainer.current_gradient_accumulation_steps = 2
-    loss = trainer.compute_policy_loss(batch)
-    loss.backward()
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    trainer.model.zero_grad()
-    logps, entropy = by_hand()
-    ratio = (logps - batch["old_per_token_logps"])[mask].exp()
-    advantages = batch["advantages"][mask]
-    expected = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() - 0.2 * entropy[mask].sum()
-    expected = expected / mask.sum()
-    expected.backward()
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, trainer.model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
-
-
-def test_the_kl_is_taken_of_the_raw_distributions(tmp_path):
-    trainer = make_nlpo(tmp_path)
-    stir(trainer)
-    kept, stock = {}, trainer.compute_advantages
-    trainer.compute_advantages = lambda rows: kept.update(rows) or stock(rows)
-    batch = rollout(trainer)
-    mask = token_mask(batch)
-    with torch.no_grad():
-        raw = trainer._logps(trainer.model, batch, "train")
-        reference = trainer._reference_logps(batch, "train")
-    expected = torch.where(mask, estimate_kl(raw, reference, estimator="k1"), 0.0)
-    torch.testing.assert_close(kept["kl"], expected, atol=1e-5, rtol=0)
-    assert (raw - batch["old_per_token_logps"])[mask].abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_masks_change_after_a_refresh_and_not_before(tmp_path, lora):
-    """Public code copied the policy once and never again."""
-    trainer = make_nlpo(tmp_path, lora=lora, mask_refresh_rollouts=2, max_steps=12, num_iterations=1)
-    start, seen = weights_of_target(trainer), []
-    probe = rollout(trainer)
-    stock = trainer._generate_and_score_completions
-
-    def watched(inputs):
-        batch = stock(inputs)
-        seen.append((weights_of_target(trainer), plain_masks(trainer, probe), policy_weights(trainer)))
-        return batch
-
-    trainer._generate_and_score_completions = watched
-    trainer.train()
-    targets, masks, policies = zip(*seen, strict=True)
-    assert len(seen) == 12
-    assert same(targets[0], start) and same(targets[1], start)
-    assert same(targets[2], policies[2]) and same(targets[3], policies[2]) and not same(targets[3], policies[3])
-    assert same(targets[4], policies[4])
-    assert torch.equal(masks[0], masks[1])
-    assert not all(torch.equal(masks[0], later) for later in masks[2:])
-
-
 def weights_of_target(trainer):
     return {name: tensor.detach().clone() for name, tensor in trainer.roles.target_weights().items()}
 
@@ -204,6 +97,8 @@ def test_it_trains_and_says_what_it_allows(tmp_path):
     [
         ({"mask_top_p": 0.0}, "mask_top_p=0.0 must lie in"),
         ({"mask_min_tokens": 0}, "mask_min_tokens=0 must be 1 or more"),
+        ({"mask_top_p": 1.0, "mask_min_tokens": 5}, "mask_min_tokens=5 has no effect.*mask_top_p=1.0"),
+        ({"mask_top_p": 1.0, "mask_refresh_rollouts": 2}, "mask_refresh_rollouts=2 has no effect"),
         ({"mask_refresh_rollouts": 0}, "mask_refresh_rollouts=0 must be 1 or more"),
         ({"policy_objective": "penalty"}, "policy_objective='penalty'.*mask_top_p=1.0"),
     ],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS
+from tests.trainers.ppo_runs import PROMPTS
 
 
 def zero(prompts, completions, **kwargs):

@@ -193,6 +193,22 @@ BAD = [
     ({"policy_objective": "penalty", "delta": 2.0}, "delta=2.0 has no effect"),
     ({"baseline": "batch_mean"}, "baseline='batch_mean' has no effect"),
     (
+        {"baseline": "batch_mean", "critic": "none", "advantage_estimator": "returns"},
+        "baseline='batch_mean' has no effect.*whiten_advantages=True",
+    ),
+    ({"policy_objective": "penalty", "epsilon": 0.1}, "epsilon=0.1 has no effect.*clips no ratio"),
+    ({"target_kl": 0.1, "num_iterations": 1}, "target_kl=0.1 has no effect.*1 optimizer step"),
+    ({"advantage_estimator": "returns", "gae_lambda": 0.9}, "gae_lambda=0.9 has no effect"),
+    (
+        {"advantage_estimator": "leave_one_out", "num_generations": 2, "gamma": 0.9},
+        "gamma=0.9 has no effect.*leave_one_out",
+    ),
+    *[
+        ({"advantage_estimator": "returns", "critic": "none", name: value}, f"{name}={value} has no effect.*no critic")
+        for name, value in (("vf_coef", 0.5), ("epsilon_value", None))
+    ],
+    ({"kl_horizon": 100}, "kl_horizon=100 has no effect.*adaptive_kl_target=None"),
+    (
         {"critic": "none", "advantage_estimator": "returns", "critic_warmup_rollouts": 2},
         "critic_warmup_rollouts=2 has",
     ),

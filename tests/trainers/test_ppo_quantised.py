@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.merge import merge_adapters
@@ -37,8 +37,12 @@ QUANTISED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("quantised"))
+
+
+def make_world(folder):
     """A base, a reward adapter and an SFT adapter on it, each with weights of its own."""
-    folder, tokenizer = tmp_path_factory.mktemp("quantised"), tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     base = tiny_causal_lm("llama", tokenizer, **SIZES)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -94,73 +98,6 @@ def test_the_roles_start_equal_and_stay_float32(tmp_path, folder, kind):
     trainer.train()
     assert changed(trainer.model, before) == set(gradients)
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "bf16"])
-def test_adapters_move_at_the_learning_rates_of_ppo(tmp_path, folder, kind):
-    """Rounded to bf16, 95% of a LoRA-A stands still for 200 steps at 3e-6."""
-    steps = {"max_steps": 50, "learning_rate": 3e-6, "num_iterations": 10, "logging_steps": 50}
-    trainer = trainer_on(tmp_path, folder, kind, config={**steps, "bf16": kind == "bf16"})
-    before = weights(trainer.model)
-    trainer.train()
-    entries = moved = 0
-    for name, parameter in trainer.model.named_parameters():
-        if ".lora_A.default." in name or ".lora_A.critic." in name:
-            entries += parameter.numel()
-            moved += int((parameter != before[name]).sum())
-    assert moved > 0.99 * entries, f"{moved} of {entries}"
-    # The same steps on weights that are rounded: the measure can fail.
-    still = rounded = 0
-    for name, parameter in trainer.model.named_parameters():
-        if ".lora_A.default." in name:
-            old, step = before[name].bfloat16(), (parameter - before[name]).detach()
-            still += int((old + step.bfloat16() == old).sum())
-            rounded += parameter.numel()
-    assert still > 0.5 * rounded
-
-
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
-def test_gradients_are_the_same_under_checkpointing(tmp_path, folder, kind):
-    found = {}
-    for checkpointing in (False, True):
-        trainer = trainer_on(
-            tmp_path,
-            folder,
-            kind,
-            peft_config=lora(lora_dropout=0.1),
-            config={"gradient_checkpointing": checkpointing},
-        )
-        if checkpointing:
-            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-        found[checkpointing] = backward(trainer, rollout(trainer))
-    assert found[True].keys() == found[False].keys()
-    for name, gradient in found[True].items():
-        assert torch.equal(gradient, found[False][name]), name
-    assert any(gradient.abs().max() > 0 for name, gradient in found[True].items() if ".critic." in name)
-
-
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
-@pytest.mark.parametrize("from_folder", [True, False], ids=["folder", "instance"])
-def test_an_unmerged_adapter_is_its_own_reference(tmp_path, folder, kind, from_folder):
-    if from_folder:
-        model = policy(folder, kind, "sft")
-    else:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder / "base", dtype=torch.float32, quantization_config=QUANTISED[kind]()
-        )
-        model = PeftModel.from_pretrained(base, folder / "sft", is_trainable=True)
-    trainer = build(tmp_path, model, reward_adapter=str(folder / "reward"))
-    assert trainer.roles.reference_adapter == "ref"
-    batch = rollout(trainer)
-    ids, mask = whole_rows(batch)
-    with torch.no_grad():
-        now = trainer.model(input_ids=ids, attention_mask=mask).logits
-        with trainer.roles.switch.use(None):
-            bare = trainer.model(input_ids=ids, attention_mask=mask).logits
-    assert (now - bare).abs().max() > 1e-2, "an adapter of zeros would prove nothing"
-    trainer.train()
-    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
-    assert abs(logged(trainer, "kl")[-1]) > 1e-4
 
 
 def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, caplog):

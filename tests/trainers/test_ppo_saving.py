@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.models.scoring import load_reward_model, token_scores
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS
+from tests.trainers.ppo_runs import PROMPTS
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 1], [9, 10, 11, 12, 13], [30, 31, 0, 0, 0]])

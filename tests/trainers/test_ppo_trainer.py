@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.models.scoring import ModelReward, last_token_scores, load_reward_model
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.test_ppo_loss import PROMPTS, make_trainer, rollout
+from tests.trainers.ppo_runs import PROMPTS, rollout
 
 
 def build(tmp_path, *, rows=None, config=None, policy=None, tokenizer=None, **kwargs):
@@ -73,15 +73,6 @@ def critic_minus_score(trainer):
     return (last_token_scores(outputs, mask) - trainer._scores).abs().max().item()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_critic_starts_as_the_reward_model(tmp_path, kind):
-    trainer = make_trainer(tmp_path, kind)
-    assert critic_minus_score(trainer) < 1e-5
-    with torch.no_grad():
-        trainer.roles.base.critic.score.weight.normal_()
-    assert critic_minus_score(trainer) > 1e-2, "a random head has to be seen"
-
-
 def test_roles_on_one_base(tmp_path):
     tokenizer = tiny_tokenizer()
     folder, policy = reward_adapter(tmp_path, tokenizer)
@@ -110,33 +101,6 @@ def test_roles_on_one_base(tmp_path):
         scores = ModelReward(load_reward_model(str(tmp_path / "saved" / role)), tokenizer, tokenizer)
         ours = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids), role=role)[0, -1].item()
         assert scores([""], [""], [[7]], prompt_ids=[[5, 6]])[0] == pytest.approx(ours, abs=1e-5)
-
-
-def test_gradients_are_the_same_under_checkpointing(tmp_path):
-    """Pitfall S19: without the context the recomputation runs under another role, and nothing says so."""
-    tokenizer = tiny_tokenizer()
-    folder, policy = reward_adapter(tmp_path, tokenizer)
-    found, batch = [], None
-    for checkpointing in (False, True):
-        trainer = build(
-            tmp_path,
-            tokenizer=tokenizer,
-            policy=AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-            reward_adapter=folder,
-            peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
-            config={"gradient_checkpointing": checkpointing},
-        )
-        if checkpointing:
-            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-        batch = rollout(trainer) if batch is None else batch
-        trainer.model.train()
-        trainer.current_gradient_accumulation_steps = 2
-        trainer._compute_loss(trainer.model, batch).backward()
-        found.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    assert any(".critic." in name for name in found[0])
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=0)
 
 
 def test_full_fine_tuning_trains_saves_and_evaluates(tmp_path):
@@ -192,17 +156,6 @@ def test_columns_messages_and_unscored_rows(tmp_path):
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7]
     assert batch["advantages"][0].abs().max() == 0
     assert batch["advantages"][1].abs().max() > 0
-
-
-def test_reward_model_with_its_own_tokenizer(tmp_path):
-    policy_tokenizer = tiny_tokenizer()
-    other = tiny_tokenizer(words=["mat", "the", "cat", "sat", "on", "bad", "good"])
-    model = tiny_reward_model("llama", other, seed=2)
-    reward = ModelReward(model, other, policy_tokenizer)
-    ids = policy_tokenizer("sat on")["input_ids"]
-    score = reward(["the cat"], [" sat on"], [[*ids, policy_tokenizer.eos_token_id]])[0]
-    by_hand = torch.tensor([other("the cat sat on")["input_ids"] + [other.eos_token_id]])
-    assert score == pytest.approx(model(input_ids=by_hand).logits.item(), abs=1e-5)
 
 
 def wrong_length(prompts, completions, **kwargs):

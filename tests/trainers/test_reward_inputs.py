@@ -75,13 +75,6 @@ def test_incomparable_rows_are_dropped_and_keep_the_places_of_the_others(tmp_pat
     assert list(trainer.train_dataset["row"]) == [1]
 
 
-def test_prompts_that_tokenize_differently_alone_are_counted(tmp_path):
-    # "w1" + "2" is one word: the prompt's own tokens are not where the completion's begin (pitfall S30)
-    trainer = build(tmp_path, [{"prompt": "w0 w1", "chosen": "2 good", "rejected": "2 bad"}, PAIR])
-    assert trainer.preference_reports["train"].num_prompt_mismatches == 1
-    assert trainer.train_dataset[0]["completion_starts"] == [1, 1]
-
-
 def test_centering_and_margins_work_with_pairs_only(tmp_path):
     three = {"prompt": "w1 ", "completions": ["good", "bad", "fine"], "best": 0}
     with pytest.raises(ValueError, match=r"center_rewards_coefficient.*0.1.*\{0: 3\}"):

@@ -9,10 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ext.models.scoring import classifier_of
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -123,21 +121,6 @@ def test_the_stock_classes_load_what_is_saved(trained):
     stock = PeftModel.from_pretrained(base, folder).eval()
     stock.config.pad_token_id = 0
     assert torch.equal(stock(input_ids=ids, attention_mask=mask).logits[:, 0], scores_of(trainer.model)[:1])
-
-
-@pytest.mark.parametrize("name", ["lora", "lora-bf16"])
-def test_s22_the_head_is_trained_in_fp32_and_never_wrapped(trained, name):
-    trainer, _ = trained[name]
-    model = trainer.model
-    assert head_names(model) == ["base_model.model.score.modules_to_save.default.weight"]
-    head = classifier_of(model).score
-    assert not any(isinstance(module, BaseTunerLayer) for module in head.modules())
-    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    base = torch.bfloat16 if name == "lora-bf16" else torch.float32
-    assert classifier_of(model).model.norm.weight.dtype == base
-    moved = [parameter for key, parameter in model.named_parameters() if "lora_B" in key]
-    assert moved and all(parameter.abs().sum() > 0 for parameter in moved)
 
 
 def test_a_head_in_the_target_modules_is_taken_out(tmp_path):

@@ -1,15 +1,12 @@
 """`PreferenceRewardTrainer`: the loss is TRL's for pairs, and right for every other label."""
 
-import copy
-import math
-
 import pytest
 import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_ext.functional.candidates import candidates_loss
-from rlhf_ext.models.scoring import last_token_scores, token_scores
+from rlhf_ext.models.scoring import token_scores
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.tiny import tiny_reward_model, tiny_tokenizer
@@ -149,17 +146,6 @@ def test_general_rows_give_the_ids_and_the_loss_of_pairs(tmp_path):
         torch.testing.assert_close(loss_of(one)[0], loss_of(two)[0])
 
 
-def test_four_candidates_are_a_cross_entropy(tmp_path):
-    rows = [
-        {"prompt": "w1 ", "completions": ["good", "bad w2", "fine . .", "w3"], "best": 2},
-        {"prompt": "w4 w5 ", "completions": ["good", "bad", "w6 w7 w8", "fine"], "best": 0},
-    ]
-    trainer = build(tmp_path, rows)
-    scores = torch.stack([reference_scores(trainer, row) for row in trainer.train_dataset])
-    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([2, 0]))
-    torch.testing.assert_close(loss_of(trainer)[0], expected)
-
-
 def test_ragged_candidates_soft_labels_and_rankings_share_a_batch(tmp_path):
     rows = [
         {"prompt": "w1 ", "completions": ["good", "bad w2"], "target": [0.7, 0.3], "best": None, "ranking": None},
@@ -227,57 +213,6 @@ def test_sum_adds_the_scores_of_the_completion_only(tmp_path, kind):
     trainer.train()
 
 
-def test_s02_pad_equal_to_eos_changes_nothing(tmp_path):
-    # One model for both: the padding id of a config zeroes a row of the embedding.
-    model = tiny_reward_model("llama", tiny_tokenizer())
-    one = build(tmp_path, PAIRS, model=copy.deepcopy(model))
-    two = build(tmp_path, PAIRS, model=copy.deepcopy(model), pad_is_eos=True)
-    assert one.processing_class.pad_token_id != two.processing_class.pad_token_id
-    assert torch.equal(loss_of(one)[1], loss_of(two)[1])
-    ids = torch.tensor([[5, 6, 7, 1], [5, 6, 7, 1]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    finished, cut = two.model(input_ids=ids, attention_mask=mask).logits.flatten()
-    assert finished != cut
-
-
-def test_s04_prompts_that_hold_eos_are_learned_with_pad_equal_to_eos(tmp_path):
-    rows = [{**row, "prompt": "w1 <eos> " + row["prompt"]} for row in PAIRS]
-    trainer = build(tmp_path, rows, pad_is_eos=True, max_steps=30, per_device_train_batch_size=4, learning_rate=5e-3)
-    _, scores = loss_of(trainer)
-    chosen, rejected = scores.view(2, -1)
-    assert (chosen != rejected).all()
-    trainer.train()
-    assert trainer.state.log_history[-2]["loss"] < 0.5
-
-
-def test_s33_ties_count_one_half(tmp_path):
-    row = {"prompt": "w1 ", "completions": ["good w2", "good w2"], "target": [0.5, 0.5]}
-    trainer = build(tmp_path, [row, row], eval_rows=[row, row])
-    trainer.evaluate()
-    log = trainer.state.log_history[-1]
-    assert log["eval_accuracy"] == 0.5
-    assert log["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_batch_size_and_padding_change_a_score_by_less_than_1e5(tmp_path, kind):
-    rows = [{**PAIRS[index % 4], "prompt": " ".join(f"w{i}" for i in range(index + 1)) + " "} for index in range(8)]
-    trainer = build(tmp_path, rows, kind=kind)
-    ids = [torch.tensor(candidate) for row in trainer.train_dataset for candidate in row["candidate_ids"]]
-    alone = torch.cat(
-        [trainer.model(input_ids=row[None], attention_mask=torch.ones_like(row)[None]).logits for row in ids]
-    )
-    width = max(map(len, ids)) + 7
-    for side in ("left", "right"):
-        tokens, mask = torch.zeros(16, width, dtype=torch.long), torch.zeros(16, width, dtype=torch.long)
-        for index, row in enumerate(ids):
-            where = slice(width - len(row), None) if side == "left" else slice(0, len(row))
-            tokens[index, where], mask[index, where] = row, 1
-        batched = trainer.model(input_ids=tokens, attention_mask=mask).logits
-        assert (batched - alone).abs().max() < 1e-5, side
-        torch.testing.assert_close(last_token_scores(token_scores(trainer.model, tokens, mask), mask), batched[:, 0])
-
-
 def test_evaluation_takes_several_datasets_and_prepared_ones(tmp_path):
     trainer = build(tmp_path, PAIRS, eval_rows=PAIRS)
     prepared = trainer.eval_dataset
@@ -302,15 +237,6 @@ def test_streams_train_as_they_are_read(tmp_path):
     assert [row["candidate_ids"] for row in given] == list(expected["candidate_ids"])
     trainer.train()
     assert trainer.state.global_step == 3
-
-
-def test_scores_that_are_not_finite_name_their_rows(tmp_path):
-    model = tiny_reward_model("llama", tiny_tokenizer())
-    with torch.no_grad():
-        model.model.embed_tokens.weight[tiny_tokenizer().get_vocab()["fine"]] = float("nan")
-    trainer = build(tmp_path, PAIRS, model=model)
-    with pytest.raises(FloatingPointError, match=r"rows \[2\]"):
-        loss_of(trainer)
 
 
 def test_card_and_tags_are_ours(tmp_path):
