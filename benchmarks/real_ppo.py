@@ -45,6 +45,8 @@ def summarise(folder: Path, name: str) -> list:
     first = frame[frame["step"].isin(steps[:5])]["score"].tolist()
     last = frame[frame["step"].isin(steps[-5:])]["score"].tolist()
 
+    p = permutation_test(first, last)
+
     def ends(key: str) -> str:
         values = [entry[key] for entry in updates]
         return f"{sum(values[:5]) / 5:.2f} -> {sum(values[-5:]) / 5:.2f}"
@@ -53,7 +55,7 @@ def summarise(folder: Path, name: str) -> list:
         name,
         len(updates),
         f"{sum(first) / len(first):.3f} -> {sum(last) / len(last):.3f}",
-        f"{permutation_test(first, last):.4f}",
+        f"{p:.4f}" if p >= 1e-4 else "< 0.0001",
         ends("kl"),
         f"{max(entry['kl'] for entry in updates):.2f}",
         ends("completions/mean_length"),

@@ -32,7 +32,7 @@ from ..functional.advantages import baseline_advantages
 from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
 from ..models.generation import without_generation_defaults
-from ..models.hub import known_commit, with_base_revision
+from ..models.hub import known_commit, local_folder, with_base_revision
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, adapter_of, resolve_reward, resolve_rewards, resolve_token_rewards
 from ..models.roles import CRITIC, checkpoint_context
@@ -200,7 +200,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
                 self.roles.model,
                 tokenizer.pad_token_id,
                 batch_size,
-                is_normalized=saved_normalization(reward_adapter) is not None,
+                is_normalized=saved_normalization(local_folder(reward_adapter)) is not None,
                 with_values=self.critic == "shared",
             )
             rewards = [resolve_reward(treated_adapter, lambda _: self.adapter_reward, tokenizer), *rewards]

@@ -219,8 +219,9 @@ def test_another_reference_or_reward_model_is_refused(folder, two):
 )
 def test_another_kind_of_run_is_refused(folder, whole, tmp_path, name, value):
     whole("one_base")
+    changed = {name: value, **({"kl_horizon": 10_000} if name == "adaptive_kl_target" else {})}
     with pytest.raises(ValueError, match=f"{name}=.* was written with"):
-        resumed(folder, "one_base", str(folder / "one_base" / "checkpoint-6"), tmp_path, **{name: value})
+        resumed(folder, "one_base", str(folder / "one_base" / "checkpoint-6"), tmp_path, **changed)
 
 
 def test_two_runs_in_one_folder_are_told_apart(folder, tmp_path):
