@@ -34,7 +34,7 @@ def report(
         f"Episodes to a level: mean over the seeds that reach it (how many do), by the mean of the last "
         f"{protocol['window']} training episodes.",
         f"Learning rate: the one with the largest area on seed {', '.join(map(str, spec['tuning_seeds']))}; in "
-        "brackets the areas there. An asterisk: it stands at the edge of its grid.",
+        "brackets the areas there (`--tune`). An asterisk: it stands at the edge of its grid.",
     ]
     claims |= {"title": "What was expected, and what decides it", **shared}
     claims["notes"] = [
@@ -88,11 +88,10 @@ def arm_table(runs: dict[str, dict[int, Run]], rates: dict[str, Any], protocol: 
                 f"{sum(final['grammatical'] for final in finals) / len(finals):.3f}",
                 _text(interval([final["kl"] for final in finals]), 2),
                 f"{round(sum(found) / len(found))} ({len(found)} of {len(seeds)})" if found else "none",
-                round(sum(of_seed[seed]["updates"][-1]["seconds"] for seed in seeds) / len(seeds)),
             ]
         )
     columns = ["arm", "learning rate", "area", f"area less {subject}'s, paired", "held-out gold", "grammatical"]
-    columns += ["KL", f"episodes to {level_of}'s final gold", "seconds"]
+    columns += ["KL", f"episodes to {level_of}'s final gold"]
     return {"columns": columns, "rows": rows}
 
 
@@ -109,7 +108,7 @@ def claim_table(runs: dict[str, dict[int, Run]], protocol: dict[str, Any], budge
             needed = [episodes_to(runs[name][seed]["updates"], level, window) or budget for name in (other, subject)]
             saved.append(float(needed[0] - needed[1]))
         middle, low, high = interval(saved)
-        claim = f"{subject} needs fewer episodes to {other}'s final gold"
+        claim = f"{subject} needs fewer episodes to the final gold of {other}"
         rows.append([claim, "episodes saved", _text((middle, low, high), 0), "> 0", verdict(low, high, 0.0)])
     for other in protocol["not_behind"]:
         pairs = [area(runs[subject][s]["updates"]) - area(runs[other][s]["updates"]) for s in seeds]
