@@ -27,7 +27,7 @@ def report(
     shared = {"command": command, "commit": commit, "seed": seeds}
     arms = arm_table(runs, rates, protocol)
     claims = claim_table(runs, protocol, world["episodes"])
-    arms |= {"title": f"Arms on the toy world, {world['episodes']} episodes each, {len(seeds)} seeds", **shared}
+    arms |= {"title": f"{protocol['title']}: {world['episodes']} episodes each, {len(seeds)} seeds", **shared}
     arms["notes"] = [
         f"Area: mean gold of all {world['episodes']} training episodes. Held-out gold, grammatical, KL (nats per "
         f"answer to the SFT model): {world['test_prompts']} prompts after training. Intervals: 95%, t over seeds.",
@@ -36,10 +36,9 @@ def report(
         f"Learning rate: the one with the largest area on seed {', '.join(map(str, spec['tuning_seeds']))}; in "
         "brackets the areas there (`--tune`). An asterisk: it stands at the edge of its grid.",
     ]
-    claims |= {"title": "What was expected, and what decides it", **shared}
+    claims |= {"title": f"{protocol['title']}: what was expected, and what decides it", **shared}
     claims["notes"] = [
-        "Paired differences over seeds. Undecided: the interval contains the bound. Bounds, seeds and stopping rule "
-        "stand in `benchmarks/arms.yaml`, written before the run.",
+        "Paired differences over seeds. Undecided: the interval contains the bound, which stands in the file of arms.",
     ]
     for table in (arms, claims):
         print(table["title"])

@@ -90,6 +90,7 @@ SPEC = {
     },
     "tuning_seeds": [100],
     "protocol": {
+        "title": "Test",
         "subject": "clip",
         "level_of": "grpo",
         "fewer_episodes_than": ["grpo"],
