@@ -128,7 +128,7 @@ def plot(runs: dict[str, dict[int, Run]], window: int, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 4.2), sharey=True)
     colours = pyplot.get_cmap("tab10")
     for number, (name, of_seed) in enumerate(runs.items()):
         curves = [smoothed(run["updates"], window) for run in of_seed.values()]
@@ -141,7 +141,7 @@ def plot(runs: dict[str, dict[int, Run]], window: int, path: str) -> None:
     axes[1].set(xlabel="KL to the SFT model, nats per answer")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
