@@ -6,7 +6,7 @@ LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TRL_EXPERIMENTAL_SILENCE = 1
 
-.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results mutants mutants-functional invariants-trl112 seams-latest
+.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results compare mutants mutants-functional invariants-trl112 seams-latest
 
 format:  ## rewrite the sources in the house style
 	ruff check --fix .
@@ -44,6 +44,12 @@ recipes:  ## each recipe, two steps, from its own YAML
 	pytest -n 0 tests/test_recipes.py
 
 results:  ## rewrite the tables of docs/ from benchmarks/results/*.json
+	$(PYTHON) benchmarks/results.py
+
+compare:  ## policy-gradient trainers on the toy world, TRL's among them; what is done already is not run again
+	$(PYTHON) benchmarks/compare.py --tune --output_dir $(RUNS)/compare --peer_environment $(RUNS)/trl112
+	$(PYTHON) benchmarks/compare.py --seeds 5 --output_dir $(RUNS)/compare --peer_environment $(RUNS)/trl112 \
+	--result benchmarks/results/compare.json --plot docs/compare.png
 	$(PYTHON) benchmarks/results.py
 
 mutants:  ## bring each pitfall back by one line: its test in tests/invariants/ must turn red; docs/invariants.md

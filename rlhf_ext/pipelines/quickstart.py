@@ -22,6 +22,7 @@ from ..models.generation import sample_completions
 from ..models.scoring import ModelReward, load_reward_model
 from ..toyworld.corpus import prompt_rows, sft_rows
 from ..toyworld.gold import GOLD_MAX, gold_reward
+from ..toyworld.grammar import ErrorMix
 from ..toyworld.tiny import build_model, build_tokenizer
 from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
@@ -80,7 +81,7 @@ def run_quickstart(output_dir: str, seed: int = 0, settings: QuickstartSettings 
     test = [row["prompt"] for row in prompt_rows(settings.test_prompts, seed, split="test")]
 
     print(f"1/5 SFT: a corpus of good and bad answers, {settings.sft_steps} steps", flush=True)
-    sft = _train_sft(output_dir, tokenizer, settings, seed)
+    sft = train_sft(output_dir, tokenizer, settings, seed)
     clock.lap("sft")
 
     print(f"2/5 labels: 4 completions for each of {settings.label_prompts} prompts, the best one marked", flush=True)
@@ -151,9 +152,14 @@ def _shared(output_dir: str, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _train_sft(
-    output_dir: str, tokenizer: PreTrainedTokenizerBase, settings: QuickstartSettings, seed: int
+def train_sft(
+    output_dir: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: QuickstartSettings,
+    seed: int,
+    mix: ErrorMix | None = None,
 ) -> PreTrainedModel:
+    """Train on answers with mistakes drawn from `mix` (the corpus' own if `None`), and save under `output_dir`/sft."""
     set_seed(seed)
     model = build_model(tokenizer, settings.model_size)
     args = SFTConfig(
@@ -167,7 +173,7 @@ def _train_sft(
         max_length=64,
         completion_only_loss=True,
     )
-    rows = sft_rows(settings.sft_rows, seed)
+    rows = sft_rows(settings.sft_rows, seed, mix=mix)
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     completions = tokenizer([row["completion"] for row in rows])["input_ids"]
     # Tokenised here in two calls: row by row the trainer would take half a minute for it.
