@@ -11,6 +11,7 @@ from tests.distributed.launcher import agree, compare, launch, read, reload
 
 
 PINNED = ["ppo-lora", "ppo-lora-ckpt", "reward-full"]
+SAMPLED = ["ppo-lora-sampled", "ppo-lora-sampled-stop"]
 KINDS = ["ddp", "zero3"]
 
 
@@ -21,7 +22,7 @@ def runs(tmp_path_factory):
     world = worker.build_world(folder / "world")
     worker.main(["--world", str(world), "--output", str(folder / "one"), "--cases", *PINNED])
     for kind in KINDS:
-        launch(kind, world, folder / kind, [*PINNED, "ppo-lora-sampled"] if kind == "ddp" else PINNED)
+        launch(kind, world, folder / kind, [*PINNED, *SAMPLED] if kind == "ddp" else PINNED)
     return folder
 
 
@@ -60,3 +61,11 @@ def test_saved_roles_say_what_they_said(runs, kind):
 
 def test_sampled_rollouts_share_their_numbers_and_not_their_samples(runs):
     agree(*(read(runs / "ddp", "ppo-lora-sampled", rank)["seen"] for rank in (0, 1)))
+
+
+def test_processes_stop_together_between_their_own_kls(runs):
+    first, second = (read(runs / "ddp", "ppo-lora-sampled-stop", rank) for rank in (0, 1))
+    assert first["seen"]["stopped"] == second["seen"]["stopped"] == [False, True, False]
+    low, high = sorted(first["seen"]["own_kl"][1])
+    assert high - low > 1e-3 * high > 0, "one KL on both would prove nothing"
+    assert all(torch.equal(first["weights"][name], tensor) for name, tensor in second["weights"].items())

@@ -145,6 +145,7 @@ def build_ppo(case: str, world: Path, output: Path) -> PPOTrainer:
         vf_coef=0.5,
         whiten_rewards=sampled,
         critic="shared" if "shared" in case.split("-") else None,
+        target_kl=1.0 if "stop" in case.split("-") else None,
     )
     shared = {
         "args": in_small_pieces(args),
@@ -194,6 +195,21 @@ def watch(trainer: PPOTrainer) -> dict:
     return seen
 
 
+def straddle(trainer: PPOTrainer, seen: dict) -> None:
+    """Put `target_kl` between the KLs of the processes: each by itself would decide another way."""
+    stock, seen["own_kl"], seen["stopped"] = trainer._drop_gradients, [], []
+
+    def drop() -> None:
+        total, tokens = trainer._step_kl
+        own = trainer.accelerator.gather((total / tokens.clamp(min=1)).reshape(1))
+        trainer.args.target_kl = ((2 * own.min() + own.max()) / 3).item() + 1e-9
+        stock()
+        seen["own_kl"].append(own.tolist())
+        seen["stopped"].append(trainer._stopped)
+
+    trainer._drop_gradients = drop
+
+
 def spoken(model: torch.nn.Module, reward_adapter: bool) -> dict[str, torch.Tensor]:
     """What every role says of fixed rows, on all processes at once: logits of the policy, scores `(B, T)`."""
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -212,6 +228,8 @@ def run(case: str, world: Path, output: Path) -> None:
         gradients.watch_deepspeed()
     if "sampled" in case:
         seen = watch(trainer)
+        if "stop" in case:
+            straddle(trainer, seen)
     elif case.startswith("ppo"):
         pin(trainer)
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

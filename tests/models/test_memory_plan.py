@@ -186,11 +186,10 @@ def test_above_the_card_names_the_largest_part_and_a_remedy():
     assert {name for phase in plan.phases.values() for name in phase} <= set(REMEDIES)
 
 
-def test_a_bf16_head_on_a_cpu_is_copied_for_each_row():
-    """Measured on torch 2.13: the last positions of the prompts are a strided slice."""
-    bf16, fp32 = (plan_memory(shape(device="cpu", dtype=d)).parts["prompts"] for d in (torch.bfloat16, torch.float32))
-    assert bf16 > fp32 / 2 + 4 * 100 * 64 * 2
-    assert plan_memory(shape(dtype=torch.bfloat16)).parts["prompts"] == bf16 - 4 * 100 * 64 * 2
+def test_a_bf16_head_is_not_copied_on_a_cpu():
+    """Its rows are contiguous: torch 2.13 would copy it once per row of a strided slice."""
+    cpu, cuda = (plan_memory(shape(device=d, dtype=torch.bfloat16)).parts["prompts"] for d in ("cpu", "cuda"))
+    assert cpu == cuda
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def adapted(name="default"):
 
 
 ROLES = {
-    "no rewards": ({}, ["reward_funcs is empty", "no reward_adapter"]),
+    "no rewards": ({}, ["reward_funcs is empty", "reward_adapter", "token_reward_funcs"]),
     "an empty list of rewards": ({"reward_funcs": []}, ["reward_funcs is empty"]),
     "reward_adapter without peft_config": (
         {"reward_adapter": "somewhere"},
