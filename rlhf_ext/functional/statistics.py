@@ -173,3 +173,21 @@ def row_means(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     checks.check_masked(mask, x=x)
     return checks.clear(x, mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+@torch.no_grad()
+def is_below_zero(kl: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether the mean of a KL over sequences lies more than three standard errors below 0, where no KL can be.
+
+    Args:
+        kl (`torch.Tensor` of shape `(B, T)`): k1 estimate, nats per token; single ones may well be negative.
+        mask (`torch.Tensor` of shape `(B, T)`, bool): True = real token.
+
+    Raises:
+        ValueError: If shapes differ, `kl` is not floating or `mask` is not bool.
+    """
+    checks.check_masked(mask, kl=kl)
+    per_sequence = checks.clear(kl, mask).sum(-1)
+    if len(per_sequence) < 8:  # too few to know their spread
+        return False
+    return bool(per_sequence.mean() < -3 * per_sequence.std() / len(per_sequence) ** 0.5 - 1e-4)

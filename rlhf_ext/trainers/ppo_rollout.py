@@ -4,12 +4,16 @@ Shapes: B rows of this process, P prompt tokens (left-padded), C completion toke
 """
 
 import torch
+from transformers.utils import logging
 
 from ..functional import estimate_kl, masked_whiten, shape_rewards
-from ..functional.statistics import completion_statistics, rollout_statistics, row_means
+from ..functional.statistics import completion_statistics, is_below_zero, rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
 from ..models.token_rewards import pad_rows
+
+
+logger = logging.get_logger(__name__)
 
 
 def token_mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -151,6 +155,11 @@ class RolloutMixin:
         for name, value in statistics.items():
             if self.args.kl_coef > 0 or name not in ("kl", "kl_per_token"):  # without a reference there is no KL
                 metrics[name].append(value.item())
+        if is_below_zero(everywhere["kl"], everywhere["mask"]):
+            logger.warning_once(
+                "`kl` is below 0 by more than sampling explains: the completions do not come from the policy whose "
+                "log-probabilities are taken. Look for what changes sampling, such as a `generate` that was replaced."
+            )
         metrics["kl_coef"].append(self.kl_coef)
         if self.args.policy_objective == "penalty":
             metrics["policy/penalty_coef"].append(self.penalty_coef)

@@ -9,6 +9,7 @@ from rlhf_ext.functional.statistics import (
     completion_statistics,
     distinct_ngrams,
     explained_variance,
+    is_below_zero,
     ratio_statistics,
     rollout_statistics,
 )
@@ -178,3 +179,13 @@ def test_token_ids_are_checked():
         completion_statistics(IDS[:, :3], REAL, eos_token_ids=[1])
     with pytest.raises(ValueError, match="n"):
         distinct_ngrams(IDS, REAL, n=0)
+
+
+def test_a_kl_below_zero_beyond_noise():
+    mask = torch.ones(16, 2, dtype=torch.bool)
+    noise = torch.linspace(-1, 1, 16)[:, None].expand(16, 2) / 2
+    assert not is_below_zero(noise, mask) and not is_below_zero(noise - 0.2, mask)
+    assert is_below_zero(noise - 1.0, mask) and not is_below_zero(noise + 1.0, mask)
+    assert not is_below_zero(noise[:7] - 9.0, mask[:7])  # too few
+    hidden = torch.where(torch.tensor([True, False]), noise, torch.nan)
+    assert not is_below_zero(hidden, mask & ~hidden.isnan())

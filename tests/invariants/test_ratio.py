@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from rlhf_ext import PPOConfig
 from rlhf_ext.trainers.ppo_rollout import token_mask
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
-from tests.trainers.ppo_runs import make_trainer
+from tests.trainers.ppo_runs import make_trainer, stir
 from tests.trainers.ppo_runs import rollout as ragged_rollout
 from tests.trainers.test_ppo_roles import base_policy, build, logged, lora, one_base, zero
 
@@ -154,3 +154,21 @@ def test_s34_rollouts_use_a_cache_although_checkpointing_is_on(tmp_path, adapter
     assert len(widths) > 4
     assert [width > 1 for width in widths].count(True) == 2, "one forward on the prompts in each of two rollouts"
     assert trainer.model.is_gradient_checkpointing, "and it is on again where it is needed"
+
+
+@pytest.mark.parametrize("sampled_from_reference", [False, True])
+def test_r12_a_kl_below_zero_is_warned_of(tmp_path, caplog, sampled_from_reference):
+    """Samples of another policy than the one whose log-probabilities are taken: here, of the reference."""
+    trainer = make_trainer(tmp_path, lora=True)
+    stir(trainer, scale=0.5)
+    stock = trainer.model.generate
+
+    def generate(*args, **kwargs):
+        with trainer.roles.switch.use(None):
+            return stock(*args, **kwargs)
+
+    if sampled_from_reference:
+        trainer.model.generate = generate
+    with caplog.at_level("WARNING"):
+        ragged_rollout(trainer)
+    assert ("`kl` is below 0" in caplog.text) == sampled_from_reference
