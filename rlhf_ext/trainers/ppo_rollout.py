@@ -36,6 +36,8 @@ def before_each_token(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> 
 class RolloutMixin:
     """The part of [`PPOTrainer`] that completes what the parent generated, on all processes alike."""
 
+    _told_of_negative_kl = False
+
     def _complete_rollout(self, batch: dict[str, torch.Tensor], mode: str) -> dict[str, torch.Tensor]:
         mask = token_mask(batch)
         scores = self._scores
@@ -155,8 +157,9 @@ class RolloutMixin:
         for name, value in statistics.items():
             if self.args.kl_coef > 0 or name not in ("kl", "kl_per_token"):  # without a reference there is no KL
                 metrics[name].append(value.item())
-        if is_below_zero(everywhere["kl"], everywhere["mask"]):
-            logger.warning_once(
+        if is_below_zero(everywhere["kl"], everywhere["mask"]) and not self._told_of_negative_kl:
+            self._told_of_negative_kl = True
+            logger.warning(
                 "`kl` is below 0 by more than sampling explains: the completions do not come from the policy whose "
                 "log-probabilities are taken. Look for what changes sampling, such as a `generate` that was replaced."
             )
