@@ -109,6 +109,20 @@ KEYWORDS = {
         ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"],
     ),
     "log-probabilities of the reference": (add_fused_lm_head, ["model", "temperature"]),
+    "log-probabilities of preferred completions": (
+        chunked_logprob.ChunkedLogProbFunction.forward,
+        [
+            "hidden",
+            "weight",
+            "bias",
+            "targets",
+            "temperature",
+            "chunk_size",
+            "final_logit_softcapping",
+            "logit_scale",
+            "outputs",
+        ],
+    ),
     "rollouts under checkpointing": (disable_gradient_checkpointing, ["model", "gradient_checkpointing_kwargs"]),
     "adapters beside each other": (PeftModel.add_adapter, ["adapter_name", "peft_config", "autocast_adapter_dtype"]),
     "reading adapters": (
@@ -143,6 +157,7 @@ TRL_NAMES = {
     "trl.get_peft_config",
     "trl.get_quantization_config",
     "trl.is_conversational",
+    "trl.kernels.chunked_logprob.ChunkedLogProbFunction",
     "trl.models.utils.disable_gradient_checkpointing",
     "trl.models.utils.prepare_deepspeed",
     "trl.models.utils.prepare_fsdp",
@@ -151,6 +166,7 @@ TRL_NAMES = {
     "trl.trainer.utils.get_config_model_id",
     "trl.trainer.utils.global_then_local_main_first",
     "trl.trainer.utils.is_async_callable",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx",
     "trl.trainer.utils.pad",
 }
 

@@ -6,6 +6,7 @@ Shapes: N rows, K candidates of the widest row, S sequences in all. What a label
 import torch
 
 from . import _checks as checks
+from .auxiliary import lm_loss
 from .preference import preference_loss
 
 
@@ -97,6 +98,69 @@ def candidates_loss(
         name: sum((count * part[name] for count, _, part in parts), start=zero) / len(rewards) for name in names
     }
     return loss, metrics
+
+
+def preferred_tokens(
+    targets: torch.Tensor, rankings: torch.Tensor, candidate_mask: torch.Tensor, completion_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    The tokens of the one preferred completion of each row: of the marked one, or of the first of a ranking.
+
+    A row with a tie or a soft target has none: nobody said that either should be imitated. The first token of a
+    sequence is left out, because nothing stands before it to predict it from.
+
+    Args:
+        targets (`torch.Tensor` of shape `(N, K)`):
+            Target of each row that has no ranking.
+        rankings (`torch.Tensor` of shape `(N, K)`):
+            Candidates best first, padded by -1; all -1 in rows with a target.
+        candidate_mask (`torch.Tensor` of shape `(N, K)`, bool):
+            Where a row has a candidate; S of them.
+        completion_mask (`torch.Tensor` of shape `(S, T)`, bool):
+            The completion's tokens of each sequence, ordered by candidate and then by row.
+
+    Returns:
+        `torch.Tensor` of shape `(S, T)`, bool.
+    """
+    columns = torch.arange(targets.shape[1], device=targets.device)
+    preferred = (targets == 1.0) | (columns == rankings[:, :1])
+    tokens = completion_mask & preferred.T[candidate_mask.T][:, None]
+    tokens[:, 0] = False
+    return tokens
+
+
+def preferred_lm_loss(
+    logps: torch.Tensor, mask: torch.Tensor, *, num_rows: int, reduction: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Mean over rows of the negative log-likelihood of the preferred completion; a row that has none counts as 0.
+
+    \(L = -\frac{1}{N} \sum_n \sum_t \log r'(y_t | x, y_{<t})\), or with the mean over t in place of the second sum
+    (Askell et al. 2021, as the notes give it, with the sign of a loss). Rows and not tokens are counted, so that the
+    mean over micro-batches of equal size is the loss of the whole.
+
+    Args:
+        logps (`torch.Tensor` of shape `(S, T)`):
+            Log-probability of each token of a preferred completion. Gradient. Masked positions may hold NaN.
+        mask (`torch.Tensor` of shape `(S, T)`, bool):
+            Tokens of preferred completions.
+        num_rows (`int`):
+            N, the rows of the batch.
+        reduction (`str`):
+            `"sum"` or `"mean"` over the tokens of one completion.
+
+    Returns:
+        `tuple`: 0-d loss; metric `nll`, the mean over all tokens of `mask`, 0 without any.
+
+    Raises:
+        ValueError: If shapes differ, a dtype is wrong or the reduction is unknown.
+    """
+    checks.check_reduction(reduction)
+    loss, metrics = lm_loss(logps, mask, reduction="sum")
+    if reduction == "mean":
+        lengths = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        loss, _ = lm_loss(logps / lengths, mask, reduction="sum")
+    return loss / num_rows, metrics
 
 
 def center_loss(rewards: torch.Tensor) -> torch.Tensor:

@@ -186,10 +186,34 @@ def save_scalar_adapter(
         normalization (`tuple[float, float]`, *optional*):
             Gain and bias of the head.
     """
-    config = copy.copy(model.peft_config[name])
-    config.modules_to_save, config.task_type, config.inference_mode = ["score"], "SEQ_CLS", True
     weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
-    tensors = {**weights, HEAD_KEY: head}
+    _write_adapter(model, name, folder, {**weights, HEAD_KEY: head}, "SEQ_CLS", ["score"])
+    save_reward_config(folder, "last", plain_dtype(model.get_base_model()), normalization)
+
+
+def save_lm_adapter(model: PeftModel, name: str, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write adapter `name` of a reward model so that PEFT loads it as a causal language model, with no foreign key.
+
+    Args:
+        state (`dict[str, torch.Tensor]`, *optional*):
+            Whole weights under the names of `model`'s state, for a model that is in pieces.
+    """
+    weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    kept = {key: value for key, value in weights.items() if "score" not in key.split(".")}
+    others = [module for module in model.peft_config[name].modules_to_save or [] if module != "score"]
+    _write_adapter(model, name, folder, kept, "CAUSAL_LM", others or None)
+
+
+def _write_adapter(
+    model: PeftModel,
+    name: str,
+    folder: str,
+    tensors: dict[str, torch.Tensor],
+    task_type: str,
+    modules_to_save: list[str] | None,
+) -> None:
+    config = copy.copy(model.peft_config[name])
+    config.modules_to_save, config.task_type, config.inference_mode = modules_to_save, task_type, True
     os.makedirs(folder, exist_ok=True)
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
@@ -197,5 +221,4 @@ def save_scalar_adapter(
         metadata={"format": "pt"},
     )
     config.save_pretrained(folder)
-    save_reward_config(folder, "last", plain_dtype(model.get_base_model()), normalization)
     save_base_quantization(model.get_base_model(), folder)

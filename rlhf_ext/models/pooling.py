@@ -5,6 +5,7 @@ Shapes: B rows, T tokens. Mask: 1 (or True) on real tokens, padding on either si
 
 import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from .lm_head import lm_logps
 from .positions import positions_from_mask
 
 
 AGGREGATIONS = ("last", "sum")
+
+
+@dataclass
+class RewardOutput(SequenceClassifierOutputWithPast):
+    """
+    A score per sequence, and the log-probabilities that were asked for.
+
+    Args:
+        lm_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Log-probability of each token of `lm_mask` under the language-modelling head, fp32, 0 elsewhere.
+    """
+
+    lm_logps: torch.Tensor | None = None
 
 
 def classifier_of(model: nn.Module) -> PreTrainedModel:
@@ -149,7 +164,9 @@ def pool_by_attention_mask(model: nn.Module, aggregation: str = "last") -> nn.Mo
     The stock forward looks for the last token that is not the padding id, so that an end-of-sequence token which also
     pads is never read (huggingface/transformers#35352). Where the padding id does not occur inside the text the result
     is the same bit for bit in fp32. The forward also applies the head in fp32, moves positions under padding on the
-    left, and takes one more keyword, `completion_mask (B, T)`: with `aggregation="sum"` only those tokens count.
+    left, and takes two more keywords: `completion_mask (B, T)`, the only tokens that count with
+    `aggregation="sum"`; and `lm_mask (B, T)`, the tokens whose log-probability under the language-modelling head the
+    output then has as `lm_logps` (`rlhf_ext.models.lm_head`).
     `save_pretrained`, PEFT wrapping, DDP, `copy.deepcopy` and `pickle` work as before.
 
     Args:
@@ -197,10 +214,11 @@ class _PooledForward:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         completion_mask: torch.Tensor | None = None,
+        lm_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast | tuple:
+    ) -> RewardOutput | tuple:
         if labels is not None:
             raise ValueError("`labels` were given, but a pooled reward model gives scores only. Leave `labels` out.")
         if completion_mask is not None and self.aggregation != "sum":
@@ -215,11 +233,13 @@ class _PooledForward:
         else:
             mask = attention_mask if completion_mask is None else completion_mask
             pooled = sum_token_scores(scores, mask.to(scores.device)) + normalization_of(self.model)[1]
-        result = SequenceClassifierOutputWithPast(
+        lm = None if lm_mask is None else lm_logps(self.model, outputs.last_hidden_state, input_ids, lm_mask)
+        result = RewardOutput(
             logits=pooled.unsqueeze(-1),
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            lm_logps=lm,
         )
         return result.to_tuple() if return_dict is False else result
 

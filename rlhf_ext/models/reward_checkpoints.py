@@ -220,19 +220,19 @@ def has_safetensors(path: str, revision: str | None = None) -> bool:
     return any(find_file(path, name, revision) is not None for name in names)
 
 
-def read_head(path: str, revision: str | None = None) -> dict[str, torch.Tensor]:
-    """The parameters of the head `score` in a checkpoint: one file, shards or an adapter."""
+def read_head(path: str, revision: str | None = None, name: str = "score") -> dict[str, torch.Tensor]:
+    """The parameters of the head `name` in a checkpoint: one file, shards or an adapter."""
     index = find_file(path, "model.safetensors.index.json", revision)
     if index is not None:
         names = sorted(set(_read_json(index)["weight_map"].values()))
     else:
         names = ["adapter_model.safetensors", "model.safetensors"]
     head = {}
-    for file_name in filter(None, (find_file(path, name, revision) for name in names)):
+    for file_name in filter(None, (find_file(path, file, revision) for file in names)):
         with safe_open(file_name, framework="pt") as file:
             for key in file.keys():
                 owner, _, parameter = key.rpartition(".")
-                if owner.split(".")[-1] == "score":
+                if owner.split(".")[-1] == name:
                     head[parameter] = file.get_tensor(key)
     return head
 

@@ -1,5 +1,6 @@
 """Configuration of [`PreferenceRewardTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import RewardConfig
@@ -29,11 +30,14 @@ class PreferenceRewardConfig(RewardConfig):
         preference_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the preference loss (gamma in Askell et al. 2021).
         lm_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the language-modelling term (beta in Askell et al. 2021). Only `0.0` is available in this
-            version.
+            Weight of the language-modelling term (beta in Askell et al. 2021): the negative log-likelihood of the
+            preferred completion under the language-modelling head of the checkpoint, which shares the whole trunk.
+            Rows with ties or soft targets have no preferred completion and add 0. Needs a checkpoint with such a head
+            (the SFT model, by its name), or tied embeddings. Saved with the model: the same folder loads as a causal
+            language model; with adapters, the folder `lm` inside.
         lm_reduction (`str`, *optional*, defaults to `"sum"`):
-            How the language-modelling term adds up a completion's tokens, `"sum"` or `"mean"`. Without effect while
-            `lm_coef` is 0; anything but the default is refused until then.
+            How the language-modelling term adds up a completion's tokens, `"sum"` or `"mean"`; the mean over rows is
+            taken of that. Anything but the default is refused while `lm_coef` is 0.
         prediction_noise (`float`, *optional*, defaults to `0.0`):
             Chance that the labeller answers at random; Christiano et al. 2017 use 0.1.
 
@@ -67,15 +71,15 @@ class PreferenceRewardConfig(RewardConfig):
     lm_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the language-modelling term (beta in Askell et al. 2021). Only 0.0 is available in "
-            "this version."
+            "help": "Weight of the language-modelling term (beta in Askell et al. 2021): the negative "
+            "log-likelihood of the preferred completion under the kept language-modelling head."
         },
     )
     lm_reduction: str = field(
         default="sum",
         metadata={
-            "help": "How the language-modelling term adds up a completion's tokens, 'sum' or 'mean'. Without effect "
-            "while `lm_coef` is 0; anything but the default is refused until then.",
+            "help": "How the language-modelling term adds up a completion's tokens, 'sum' or 'mean'. Anything but "
+            "the default is refused while `lm_coef` is 0.",
             "choices": ["sum", "mean"],
         },
     )
@@ -107,10 +111,13 @@ class PreferenceRewardConfig(RewardConfig):
             raise ValueError(f"`preference_coef` is {self.preference_coef}; choose a number above 0.")
         if not 0.0 <= self.prediction_noise < 1.0:
             raise ValueError(f"`prediction_noise` is {self.prediction_noise}; choose a number from 0 to below 1.")
-        if self.lm_coef != 0.0 or self.lm_reduction != "sum":
+        if not 0.0 <= self.lm_coef < math.inf:
+            raise ValueError(f"`lm_coef` is {self.lm_coef}; choose a number from 0 up: below 0 it would unlearn.")
+        if self.lm_reduction not in ("sum", "mean"):
+            raise ValueError(f"`lm_reduction` is {self.lm_reduction!r}; choose 'sum' or 'mean'.")
+        if self.lm_coef == 0.0 and self.lm_reduction != "sum":
             raise ValueError(
-                f"`lm_coef` is {self.lm_coef} and `lm_reduction` is {self.lm_reduction!r}, but the language-modelling "
-                "term is not available in this version. Leave them at 0.0 and 'sum'."
+                f"`lm_reduction` is {self.lm_reduction!r}, but `lm_coef` is 0.0, so nothing reads it. Set `lm_coef`."
             )
         if self.label_smoothing_factor != 0.0:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Reward trainer for every kind of preference: rows to scores to loss, and nothing else."""
 
 import copy
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
@@ -31,11 +33,19 @@ from ..data.preferences import (
     column_names,
     normalize_preferences,
 )
-from ..functional.candidates import arrange_rewards, candidates_loss, center_loss
+from ..functional.candidates import (
+    arrange_rewards,
+    candidates_loss,
+    center_loss,
+    preferred_lm_loss,
+    preferred_tokens,
+)
+from ..models.adapters import save_lm_adapter
 from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.hub import known_commit, with_base_revision
+from ..models.lm_head import LM_FOLDER, LM_HEAD, keep_lm_head
 from ..models.pooling import classifier_of, pool_by_attention_mask
-from ..models.reward_checkpoints import plain_dtype, save_reward_config, set_head
+from ..models.reward_checkpoints import plain_dtype, read_head, save_reward_config, set_head
 from ..models.sharding import whole_weights
 from .launch import check_launch, reset_reentrant
 from .reward_card import RewardCardMixin
@@ -146,10 +156,11 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
                 model, revision=revision, trust_remote_code=options["trust_remote_code"]
             )
             head = checkpoint_head(model, revision)
+            lm_head = read_head(model, revision, LM_HEAD) if args.lm_coef > 0.0 else {}
             self.base_revision = known_commit(model, revision)
             peft_config = with_base_revision(peft_config, model, revision)
         else:
-            config = model.config
+            config, lm_head = model.config, {}
             head = {
                 name.split(".")[-1]: parameter.detach().clone()
                 for name, parameter in _active_head(classifier_of(model)).named_parameters()
@@ -202,6 +213,8 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         pool_by_attention_mask(self.model, args.reward_aggregation)
+        if args.lm_coef > 0.0:
+            keep_lm_head(base, lm_head, trains=not isinstance(self.model, PeftModel))
 
     def _prepare_dataset(
         self,
@@ -266,6 +279,16 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
                         "with pairs only. Remove the column, or give `chosen` and `rejected`."
                     )
 
+        has_preferred = any(
+            ranking is not None or max(target or [0.0]) == 1.0
+            for target, ranking in zip(dataset["target"], dataset["ranking"], strict=True)
+        )
+        if args.lm_coef > 0.0 and not has_preferred:
+            raise ValueError(
+                f"`lm_coef` is {args.lm_coef}, but no row of the dataset has one preferred completion, which the "
+                "language-modelling term reads. Set it to 0.0, or add rows with `best`, `ranking` or a one-hot target."
+            )
+
     def _report(self, dataset_name: str, report: PreferenceReport) -> None:
         self.preference_reports[dataset_name] = report
         lost = report.num_incomparable + report.num_overlong + report.num_prompt_mismatches
@@ -287,15 +310,20 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
 
         Does not call `super()`, which splits the scores in two halves and takes the first as chosen: K candidates,
         ties and soft labels have no halves. For hard-labelled pairs the result is the parent's bit for bit, and a test
-        compares them. Logs the parent's keys; `accuracy` counts a tie one half.
+        compares them. Logs the parent's keys; `accuracy` counts a tie one half. With `lm_coef` the one forward gives
+        the log-probabilities of the preferred completions too.
         """
         mode = "train" if self.model.training else "eval"
-        pooling = {"completion_mask": inputs["completion_mask"]} if self.args.reward_aggregation == "sum" else {}
+        candidate_mask, masks = inputs["candidate_mask"], {}
+        if self.args.reward_aggregation == "sum":
+            masks["completion_mask"] = inputs["completion_mask"]
+        if self.args.lm_coef > 0.0:
+            labels = (inputs["targets"], inputs["rankings"], candidate_mask)
+            masks["lm_mask"] = preferred_tokens(*labels, inputs["completion_mask"])
         outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **pooling
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **masks
         )
         scores = outputs.logits.squeeze(-1)
-        candidate_mask = inputs["candidate_mask"]
         rewards = arrange_rewards(scores, candidate_mask)
         self._check_finite(rewards.detach(), inputs["rows"])
         loss, metrics = candidates_loss(
@@ -309,8 +337,15 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
         loss = self.args.preference_coef * loss
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * center_loss(rewards)
+        if self.args.lm_coef > 0.0:
+            lm_loss, lm_metrics = preferred_lm_loss(
+                outputs.lm_logps, masks["lm_mask"], num_rows=len(rewards), reduction=self.args.lm_reduction
+            )
+            loss = loss + self.args.lm_coef * lm_loss
+            self._log_lm(mode, lm_loss.detach(), lm_metrics["nll"], masks["lm_mask"])
         self._log_batch(mode, scores.detach(), inputs["attention_mask"], metrics)
-        return (loss, outputs) if return_outputs else loss
+        # The scores alone: `evaluate` would pad and keep whatever else stands here.
+        return (loss, SequenceClassifierOutputWithPast(logits=outputs.logits)) if return_outputs else loss
 
     def _check_finite(self, rewards: torch.Tensor, rows: torch.Tensor) -> None:
         wrong = ~torch.isfinite(rewards).all(dim=1)
@@ -338,12 +373,24 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
         for name in ("accuracy", "margin"):
             logged[name].append(gather(metrics[name]).mean().item())
 
+    def _log_lm(self, mode: str, loss: torch.Tensor, nll: torch.Tensor, mask: torch.Tensor) -> None:
+        count = mask.sum()
+        losses, sums, counts = self.accelerator.gather(torch.stack([loss, nll * count, count])[None]).unbind(dim=1)
+        self._metrics[mode]["lm_loss"].append(losses.mean().item())
+        if counts.sum() > 0:
+            self._metrics[mode]["nll"].append((sums.sum() / counts.sum()).item())
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return  # DeepSpeed calls this on every process, before one of them has made the folder
         dtype = plain_dtype(classifier_of(self.model))
-        save_reward_config(output_dir or self.args.output_dir, self.args.reward_aggregation, dtype)
+        folder = output_dir or self.args.output_dir
+        save_reward_config(folder, self.args.reward_aggregation, dtype)
+        model = self.accelerator.unwrap_model(self.model)
+        # Not in checkpoints: `Trainer` takes every folder of an adapter in there for one to load on resuming.
+        if self.args.lm_coef > 0.0 and isinstance(model, PeftModel) and not self._aside:
+            save_lm_adapter(model, model.active_adapters[0], os.path.join(folder, LM_FOLDER), state_dict)
 
 
 def _active_head(base: PreTrainedModel) -> nn.Module:

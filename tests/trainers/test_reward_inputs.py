@@ -26,8 +26,9 @@ def build(folder, rows, tokenizer=None, model=None, **kwargs):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"lm_coef": 0.5}, "lm_coef.*0.5.*not available"),
-        ({"lm_reduction": "mean"}, "lm_reduction.*mean.*not available"),
+        ({"lm_coef": -0.5}, "lm_coef.*-0.5.*unlearn"),
+        ({"lm_reduction": "mean"}, "lm_reduction.*mean.*nothing reads it"),
+        ({"lm_coef": 0.5, "lm_reduction": "max"}, "lm_reduction.*max.*choose"),
         ({"reward_aggregation": "mean"}, "reward_aggregation.*mean.*last"),
         ({"overlong": "keep"}, "overlong.*keep.*drop"),
         ({"prediction_noise": 1.0}, "prediction_noise.*1.0.*below 1"),

@@ -1,0 +1,110 @@
+"""Outputs of a trunk's frozen lower layers, computed once per text and replayed.
+
+Where only the top layers carry adapters, the layers below give the same hidden states for every role, epoch and seed.
+The layers stay in place: their `forward` is set on the instance and taken off again, so that hooks, names and
+attributes are untouched.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .pooling import classifier_of
+
+
+class TrunkCache:
+    """
+    Lets the lowest layers of a classifier run once per text.
+
+    Texts are told apart by their real tokens. What is replayed in the batch it was computed in is equal bit for bit;
+    in a batch of another shape it is equal up to the rounding of matrix products. It lives in the dtype of the hidden
+    states, on the CPU: tokens x hidden size x 2 bytes in bf16.
+
+    Args:
+        model (`nn.Module`):
+            Decoder sequence-classification model, plain or a [`~peft.PeftModel`]; its positions must follow from the
+            attention mask, as those of a pooled forward do.
+        num_layers (`int`):
+            How many of the lowest layers to replay.
+        shared (`TrunkCache`, *optional*):
+            Cache of the same trunk under another adapter, whose texts are used and added to.
+
+    Attributes:
+        num_computed, num_replayed (`int`):
+            Sequences that went through the lower layers, and that did not.
+
+    Raises:
+        ValueError: something below trains or drops out, gradient checkpointing is on, or there are not so many layers.
+    """
+
+    def __init__(self, model: nn.Module, num_layers: int, shared: "TrunkCache | None" = None):
+        base = classifier_of(model)
+        self._backbone = getattr(base, base.base_model_prefix)
+        depth = base.config.get_text_config().num_hidden_layers
+        stacks = [m for m in self._backbone.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not stacks or not 0 < num_layers < depth:
+            raise ValueError(f"`num_layers` is {num_layers} of a trunk of {depth} layers; choose 1 to {depth - 1}.")
+        self._lower = list(stacks[0][:num_layers])
+        self._check(base)
+        self.texts: dict[bytes, torch.Tensor] = {} if shared is None else shared.texts
+        self.num_computed = self.num_replayed = 0
+        self._replayed: torch.Tensor | None = None
+        self._handle = self._backbone.register_forward_pre_hook(self._look_up, with_kwargs=True)
+        for place, layer in enumerate(self._lower):
+            layer.forward = _Layer(self, layer.forward, place == num_layers - 1)
+
+    def remove(self) -> None:
+        """Give the layers their own forward back."""
+        self._handle.remove()
+        for layer in self._lower:
+            del layer.forward
+
+    def _check(self, base: nn.Module) -> None:
+        lower = {id(p) for layer in self._lower for p in layer.parameters()}
+        inputs = {id(p) for p in base.get_input_embeddings().parameters()}
+        trains = [n for n, p in base.named_parameters() if p.requires_grad and id(p) in (lower | inputs)]
+        if trains:
+            raise ValueError(
+                f"{len(trains)} parameters of the layers to replay train, {trains[0]!r} first, so their output "
+                "changes. Put adapters on the layers above only (`layers_to_transform`), or replay fewer."
+            )
+        drops = [m for layer in self._lower for m in layer.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        if drops or getattr(base.config, "attention_dropout", 0.0) > 0:
+            raise ValueError("The layers to replay have dropout, so their output is never the same. Set it to 0.")
+        if getattr(self._backbone, "gradient_checkpointing", False) or base.is_gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing` recomputes a layer after its cache is gone. Turn it off.")
+
+    def _look_up(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        self._mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self._keys = [row[keep].cpu().numpy().tobytes() for row, keep in zip(ids, self._mask, strict=True)]
+        known = all(key in self.texts for key in self._keys)
+        self.num_replayed += len(ids) * known
+        self.num_computed += len(ids) * (not known)
+        self._replayed = self._gather() if known else None
+
+    def _gather(self) -> torch.Tensor:
+        rows = [self.texts[key] for key in self._keys]
+        hidden = rows[0].new_zeros(*self._mask.shape, rows[0].shape[-1])
+        hidden[self._mask.cpu()] = torch.cat(rows)
+        return hidden.to(self._mask.device)
+
+    def _store(self, hidden: torch.Tensor) -> None:
+        for key, row, keep in zip(self._keys, hidden, self._mask, strict=True):
+            self.texts.setdefault(key, row[keep].detach().to("cpu", copy=True))
+
+
+class _Layer:
+    def __init__(self, cache: TrunkCache, forward: Any, is_last: bool):
+        self.cache, self.forward, self.is_last = cache, forward, is_last
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.cache._replayed is not None:
+            return self.cache._replayed if self.is_last else hidden_states
+        with torch.no_grad():
+            hidden_states = self.forward(hidden_states, *args, **kwargs)
+        if self.is_last:
+            self.cache._store(hidden_states)
+        return hidden_states

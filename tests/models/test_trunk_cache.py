@@ -1,0 +1,90 @@
+"""Replayed lower layers: the same outputs and gradients, and a refusal where they would not be."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlhf_ext.models.scoring import pool_by_attention_mask
+from rlhf_ext.models.trunk_cache import TrunkCache
+from tests.tiny import tiny_reward_model, tiny_tokenizer
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 1], [10, 11, 1, 0, 0, 0], [12, 6, 7, 13, 1, 0]])
+RIGHT = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 5 + [0]])
+LEFT = RIGHT.flip(1)
+
+
+def adapted(kind, layers=(2,)):
+    torch.manual_seed(0)
+    depth = {"n_layer": 3} if kind == "gpt2" else {"num_hidden_layers": 3}
+    if kind == "gemma3":
+        depth["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    model = tiny_reward_model(kind, tiny_tokenizer(), **depth)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = LoraConfig(
+        r=4,
+        task_type="SEQ_CLS",
+        target_modules=["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "v_proj", "down_proj"],
+        fan_in_fan_out=kind == "gpt2",
+        modules_to_save=["score"],
+        layers_to_transform=list(layers),
+        layers_pattern="h" if kind == "gpt2" else "layers",
+        init_lora_weights=False,
+    )
+    return pool_by_attention_mask(get_peft_model(model, config)).train()
+
+
+def run(model, ids, mask):
+    model.zero_grad()
+    scores = model(input_ids=ids, attention_mask=mask).logits
+    scores.sum().backward()
+    return scores.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_replay_is_bitwise(kind, padding):
+    model = adapted(kind)
+    ids, mask = (IDS, RIGHT) if padding == "right" else (IDS.flip(1), LEFT)
+    scores, gradients = run(model, ids, mask)
+    cache = TrunkCache(model, 2)
+    for turn in range(2):
+        found, found_gradients = run(model, ids, mask)
+        assert torch.equal(found, scores), turn
+        assert all(torch.equal(found_gradients[name], gradients[name]) for name in gradients), turn
+    assert (cache.num_computed, cache.num_replayed) == (3, 3)
+    rows, _ = run(model, ids[1:], mask[1:])  # another batch of the same texts
+    torch.testing.assert_close(rows, scores[1:], rtol=1e-5, atol=1e-6)
+    assert cache.num_replayed == 5
+    for text in cache.texts.values():
+        text.zero_()
+    assert not torch.allclose(run(model, ids, mask)[0], scores)  # what is replayed is what is stored
+    cache.remove()
+    assert torch.equal(run(model, ids, mask)[0], scores)
+
+
+def test_two_adapters_share_the_texts():
+    first, second = adapted("llama"), adapted("llama", layers=(1, 2))
+    cache = TrunkCache(first, 1)
+    run(first, IDS, RIGHT)
+    expected, _ = run(second, IDS, RIGHT)
+    other = TrunkCache(second, 1, shared=cache)
+    assert torch.equal(run(second, IDS, RIGHT)[0], expected)
+    assert (other.num_computed, other.num_replayed) == (0, 3)
+
+
+def test_what_changes_below_is_refused():
+    with pytest.raises(ValueError, match=r"parameters of the layers to replay train.*lora"):
+        TrunkCache(adapted("llama", layers=(1, 2)), 2)
+    with pytest.raises(ValueError, match="num_layers.*3 of a trunk of 3"):
+        TrunkCache(adapted("llama"), 3)
+    model = adapted("gpt2")
+    model.base_model.model.transformer.h[0].mlp.dropout.p = 0.1
+    with pytest.raises(ValueError, match="dropout"):
+        TrunkCache(model, 2)
+    model = adapted("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        TrunkCache(model, 2)
