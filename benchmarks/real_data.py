@@ -3,7 +3,8 @@
     python benchmarks/real_data.py --data ../shared/data --tokenizer MODEL --output_dir runs/real
 
 writes `train.jsonl`, `train_shuffled.jsonl` (the control: labels permuted within each row), `test.jsonl` and
-`prompts.jsonl` (red-team prompts whose rows are not in the test split), and `data.json` with the counts. Training rows
+`prompts.jsonl` (red-team prompts whose rows are not in the test split), `groups_train.jsonl` and `groups_test.jsonl`
+(K answers of one prompt, one best), `traps.jsonl` (LLMBar), and `data.json` with the counts. Training rows
 of more than `--max_length` tokens stay in the file: the recipe leaves them out and counts them. They do not count
 towards `--max_tokens`, at which the training rows stop.
 """
@@ -77,6 +78,36 @@ def main() -> None:
         target = list(row["target"])
         rng.shuffle(target)
         shuffled.append({**row, "target": target})
+    # K answers of one prompt: the marked best, or the first of a ranking. The questions of qa_feedback stay out: 99 of
+    # 100 prompts alone are longer than 256 tokens.
+    groups: dict[str, dict] = {}
+    counts["OASST"] = {"rows": 0, "too_long": 0, "train": 0, "test": 0}
+    for file in ("ranked_train.jsonl.gz", "best_of_k_train.jsonl.gz"):
+        for row in read(args.data / file):
+            if "oasst" in row["source"].lower() or "open-assistant" in row["source"].lower():
+                best = row["ranking"][0] if "ranking" in row else row["target"].index(1)
+                group = {"prompt": row["prompt"], "completions": row["completions"], "best": best}
+                groups.setdefault(row["prompt"], {**group, "source": "zh" if "zh" in row["source"] else "en"})
+    kway: dict[bool, list[dict]] = {True: [], False: []}
+    kway_tokens = 0
+    shuffled_groups = list(groups.values())
+    random.Random(args.seed).shuffle(shuffled_groups)
+    for row in shuffled_groups:
+        counts["OASST"]["rows"] += 1
+        lengths = [len(tokenizer(row["prompt"] + text)["input_ids"]) + 1 for text in row["completions"]]
+        held_out = is_test(row["prompt"])
+        if max(lengths) > args.max_length:
+            counts["OASST"]["too_long"] += 1
+        elif held_out or kway_tokens + sum(lengths) <= args.max_tokens:
+            kway[held_out].append(row)
+            kway_tokens += 0 if held_out else sum(lengths)
+            counts["OASST"]["test" if held_out else "train"] += 1
+    # A trap set, built to fool length and style: never trained on.
+    traps = [
+        {**{key: row[key] for key in ("prompt", "completions", "target")}, "source": row["source"].split()[-1]}
+        for row in read(args.data / "pairs_train.jsonl.gz")
+        if "LLMBar" in row["source"]
+    ]
     prompts = [
         {"prompt": row["prompt"]} for row in read(args.data / "prompts_redteam.jsonl.gz") if not is_test(row["prompt"])
     ]
@@ -85,7 +116,16 @@ def main() -> None:
     write(args.output_dir / "train_shuffled.jsonl", shuffled)
     write(args.output_dir / "test.jsonl", test)
     write(args.output_dir / "prompts.jsonl", prompts)
-    summary = {"sources": counts, "train_tokens": tokens, "seed": args.seed, "max_length": args.max_length}
+    write(args.output_dir / "groups_train.jsonl", kway[False])
+    write(args.output_dir / "groups_test.jsonl", kway[True])
+    write(args.output_dir / "traps.jsonl", traps)
+    summary = {
+        "sources": counts,
+        "train_tokens": tokens,
+        "groups_tokens": kway_tokens,
+        "seed": args.seed,
+        "max_length": args.max_length,
+    }
     (args.output_dir / "data.json").write_text(json.dumps(summary, indent=2))
     print(json.dumps(summary, indent=2))
 

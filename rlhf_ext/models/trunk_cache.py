@@ -50,9 +50,21 @@ class TrunkCache:
         self.texts: dict[bytes, torch.Tensor] = {} if shared is None else shared.texts
         self.num_computed = self.num_replayed = 0
         self._replayed: torch.Tensor | None = None
+        self._stops = False
         self._handle = self._backbone.register_forward_pre_hook(self._look_up, with_kwargs=True)
         for place, layer in enumerate(self._lower):
             layer.forward = _Layer(self, layer.forward, place == num_layers - 1)
+
+    @torch.no_grad()
+    def fill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Compute texts `(B, T)` ahead, without the layers above."""
+        self._stops = True
+        try:
+            self._backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except _Filled:
+            pass
+        finally:
+            self._stops = False
 
     def remove(self) -> None:
         """Give the layers their own forward back."""
@@ -96,15 +108,23 @@ class TrunkCache:
             self.texts.setdefault(key, row[keep].detach().to("cpu", copy=True))
 
 
+class _Filled(Exception):
+    pass
+
+
 class _Layer:
     def __init__(self, cache: TrunkCache, forward: Any, is_last: bool):
         self.cache, self.forward, self.is_last = cache, forward, is_last
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.cache._replayed is not None and self.cache._stops:
+            raise _Filled
         if self.cache._replayed is not None:
             return self.cache._replayed if self.is_last else hidden_states
         with torch.no_grad():
             hidden_states = self.forward(hidden_states, *args, **kwargs)
         if self.is_last:
             self.cache._store(hidden_states)
+            if self.cache._stops:
+                raise _Filled
         return hidden_states

@@ -71,8 +71,13 @@ def test_two_adapters_share_the_texts():
     run(first, IDS, RIGHT)
     expected, _ = run(second, IDS, RIGHT)
     other = TrunkCache(second, 1, shared=cache)
-    assert torch.equal(run(second, IDS, RIGHT)[0], expected)
+    other.fill(IDS, RIGHT)  # nothing to compute
     assert (other.num_computed, other.num_replayed) == (0, 3)
+    assert torch.equal(run(second, IDS, RIGHT)[0], expected)
+    assert (other.num_computed, other.num_replayed) == (0, 6)
+    ahead = TrunkCache(adapted("llama"), 1)
+    ahead.fill(IDS, RIGHT)
+    assert all(torch.equal(ahead.texts[key], text) for key, text in cache.texts.items())
 
 
 def test_what_changes_below_is_refused():
