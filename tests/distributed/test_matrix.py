@@ -31,8 +31,10 @@ CASES = {
     "reward-full": "reward model, full fine-tuning",
     "reward-full-ckpt": "the same, checkpointing",
     "reward-full-sum": "reward model, scores summed over tokens",
+    "reward-full-lm": "reward model with the language-modelling term",
     "reward-lora": "reward model, LoRA",
     "reward-lora-ckpt": "the same, checkpointing",
+    "reward-lora-lm": "reward model, LoRA, with the language-modelling term",
     "reward-nf4": "reward model, LoRA on an NF4 base",
 }
 SAMPLED = ["ppo-lora-sampled", "ppo-full-sampled"]

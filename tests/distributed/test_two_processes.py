@@ -10,7 +10,7 @@ from tests.distributed import worker
 from tests.distributed.launcher import agree, compare, launch, read, reload
 
 
-PINNED = ["ppo-lora", "ppo-lora-ckpt", "reward-full"]
+PINNED = ["ppo-lora", "ppo-lora-ckpt", "reward-full", "reward-full-lm"]
 SAMPLED = ["ppo-lora-sampled", "ppo-lora-sampled-stop"]
 KINDS = ["ddp", "zero3"]
 

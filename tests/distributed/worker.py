@@ -121,9 +121,11 @@ def build_reward(case: str, world: Path, output: Path) -> PreferenceRewardTraine
         **options(case, output),
         learning_rate=1e-3 if "adamw" in case else 0.05,
         reward_aggregation="sum" if "sum" in case.split("-") else "last",
+        lm_coef=0.5 if "lm" in case.split("-") else 0.0,
     )
     return PreferenceRewardTrainer(
-        model=str(world / "reward_full"),
+        # A language model where its head is kept
+        model=str(world / ("base" if "lm" in case.split("-") else "reward_full")),
         args=in_small_pieces(args),
         train_dataset=load_from_disk(str(world / "preferences")),
         processing_class=AutoTokenizer.from_pretrained(world / "base"),

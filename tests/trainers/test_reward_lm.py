@@ -5,12 +5,12 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_ext.functional.candidates import preferred_lm_loss, preferred_tokens
 from rlhf_ext.models import lm_head
 from rlhf_ext.models.lm_head import keep_lm_head
-from rlhf_ext.models.scoring import load_reward_model
+from rlhf_ext.models.scoring import classifier_of, load_reward_model
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -50,12 +50,14 @@ def sft(tmp_path_factory):
     return root
 
 
-def build(folder, model, rows=ROWS, peft_config=None, **kwargs):
+def build(folder, model, rows=ROWS, peft_config=None, quantization_config=None, streams=False, **kwargs):
+    dataset = Dataset.from_list(rows)
     return PreferenceRewardTrainer(
         model=model if not hasattr(model, "joinpath") else str(model),
         args=PreferenceRewardConfig(str(folder), **{**OPTIONS, **kwargs}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset.to_iterable_dataset() if streams else dataset,
         processing_class=tiny_tokenizer(),
+        quantization_config=quantization_config,
         peft_config=peft_config,
     )
 
@@ -202,6 +204,45 @@ def test_an_adapter_loads_as_a_causal_language_model(tmp_path, sft, kind, recwar
     logps = half(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(logps, scored.lm_logps[0, 1:])
     assert not torch.allclose(half(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_checkpointing_changes_nothing_on_a_quantised_base(tmp_path, sft):
+    """NF4 with LoRA; the kept head stays in the dtype of the trunk and is not quantised."""
+    batches, gradients = [], []
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    for checkpointing in (False, True):
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(0)
+        trainer = build(
+            tmp_path, sft / "llama", peft_config=config, gradient_checkpointing=checkpointing, quantization_config=nf4
+        )
+        base = classifier_of(trainer.model)
+        assert base.lm_head.weight.dtype == torch.float32 and not base.lm_head.weight.requires_grad
+        trainer.model.train()
+        batches.append(trainer.data_collator(list(trainer.train_dataset)))
+        trainer.compute_loss(trainer.model, batches[-1]).backward()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
+
+
+def test_streams_and_messages_train_with_the_term(tmp_path, sft):
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"w{i}"}],
+            "chosen": [{"role": "assistant", "content": "good w1"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        }
+        for i in range(8)
+    ]
+    logs = []
+    for streams in (False, True):
+        trainer = build(tmp_path, sft / "llama", pairs, streams=streams, learning_rate=0.0)
+        trainer.train()
+        logs.append([entry["nll"] for entry in trainer.state.log_history if "nll" in entry])
+    assert len(logs[0]) == len(logs[1]) == 2
 
 
 def test_what_cannot_work_is_refused(tmp_path, sft):

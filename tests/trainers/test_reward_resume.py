@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.models.checkpoints import check_checkpoint
-from tests.tiny import tiny_reward_model, tiny_tokenizer
+from rlhf_ext.models.lm_head import keep_lm_head
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
 # Three candidates in some rows; 10 rows in batches of 2 are 5 steps an epoch.
@@ -17,7 +18,11 @@ ROWS = [
 ]
 
 
-def build(folder, lora, **config):
+def build(folder, lora, lm=False, **config):
+    model = tiny_reward_model("llama", tiny_tokenizer())
+    if lm:
+        keep_lm_head(model, tiny_causal_lm("llama", tiny_tokenizer()).lm_head.state_dict())
+        config["lm_coef"] = 0.5
     options = {
         "per_device_train_batch_size": 2,
         "max_steps": 9,
@@ -33,7 +38,7 @@ def build(folder, lora, **config):
     }
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", lora_dropout=0.1) if lora else None
     return PreferenceRewardTrainer(
-        model=tiny_reward_model("llama", tiny_tokenizer()),
+        model=model,
         args=PreferenceRewardConfig(str(folder), **options),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS[:4]),
@@ -49,12 +54,13 @@ def end_of(trainer):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("step", [3, 6])  # within the first and within the second epoch
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora, step):
-    trainer = build(tmp_path / "whole", lora)
+# Within the first and within the second epoch
+@pytest.mark.parametrize("step, lm", [(3, False), (6, False), (6, True)], ids=["3", "6", "6-lm"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, lora, step, lm):
+    trainer = build(tmp_path / "whole", lora, lm)
     trainer.train()
     weights, logs = end_of(trainer)
-    resumed = build(tmp_path / "resumed", lora)
+    resumed = build(tmp_path / "resumed", lora, lm)
     torch.rand(99)  # where the random numbers of this process stand must not matter; its seed orders the data
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     found, logs_found = end_of(resumed)
