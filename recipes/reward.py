@@ -14,8 +14,8 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/reward.py --
 ```
 
 With LoRA (`--use_peft true --lora_task_type SEQ_CLS`) the output is an adapter with its head, which `recipes/ppo.py`
-takes as `--reward_adapter_path`. Any flag of `PreferenceRewardConfig` and `trl.ModelConfig` goes on the line or into
-the YAML.
+takes as `--reward_adapter_path`. `--lm_coef 0.1 --lm_reduction mean` adds the language-modelling term (Askell et al.
+2021). Any flag of `PreferenceRewardConfig` and `trl.ModelConfig` goes on the line or into the YAML.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from peft import PeftModel
 
+from ..models.lm_head import LM_FOLDER
 from .card import public_name, table
 from .hub import HubMixin, describe_adapter
 
@@ -28,6 +29,8 @@ class RewardCardMixin(HubMixin):
         "eval_loss",
         "eval_accuracy",
         "eval_margin",
+        "nll",
+        "eval_nll",
         "learning_rate",
     )
 
@@ -46,6 +49,11 @@ class RewardCardMixin(HubMixin):
             ("reward_aggregation", f"`{args.reward_aggregation}`: how token scores become one score"),
             ("prediction_noise", args.prediction_noise),
         ]
+        if args.lm_coef:
+            term = (
+                f"{args.lm_coef:g} x negative log-likelihood of preferred completions, {args.lm_reduction} over tokens"
+            )
+            objective.insert(1, ("language-modelling term", term))
         reports = [(f"rows of {name!r}", str(report)) for name, report in self.preference_reports.items()]
         loading = f"```python\n{_LOAD.format(repo=repo)}\n```"
         if isinstance(model, PeftModel):
@@ -53,6 +61,10 @@ class RewardCardMixin(HubMixin):
                 "\n\nAs `reward_adapter` of `PPOTrainer` it gives reward and critic on the policy's base; as "
                 "`reward_funcs` it stands alone."
             )
+        if args.lm_coef:
+            where = f'AutoPeftModelForCausalLM.from_pretrained(rlhf_ext.models.hub.local_folder(repo, "{LM_FOLDER}"))'
+            where = where if isinstance(model, PeftModel) else "AutoModelForCausalLM.from_pretrained(repo)"
+            loading += f"\n\nIts language-model half: `{where}`."
         return [
             ("What it is", intro),
             ("How to load it", loading),

@@ -73,7 +73,9 @@ def test_every_logged_number_of_ppo_is_on_the_page_and_the_other_way_round(tmp_p
 
 
 def test_every_logged_number_of_the_reward_trainer_is_on_the_page(tmp_path):
-    trainer = make_reward(tmp_path, PAIRS, max_steps=2)
+    model = tiny_reward_model("llama", tiny_tokenizer())
+    keep_lm_head(model, tiny_causal_lm("llama", tiny_tokenizer()).lm_head.state_dict())
+    trainer = make_reward(tmp_path, PAIRS, max_steps=2, model=model, lm_coef=0.5)
     assert keys_of(trainer) - of_trainer() == documented("Reward model")
     assert evaluated(trainer) <= documented("Reward model") | {key.removeprefix("eval_") for key in of_trainer()}
 

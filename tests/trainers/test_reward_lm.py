@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ext.functional.candidates import preferred_lm_loss, preferred_tokens
 from rlhf_ext.models import lm_head
+from rlhf_ext.models.hub import local_folder
 from rlhf_ext.models.lm_head import keep_lm_head
 from rlhf_ext.models.scoring import classifier_of, load_reward_model
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
@@ -199,11 +200,15 @@ def test_an_adapter_loads_as_a_causal_language_model(tmp_path, sft, kind, recwar
     ids = torch.tensor([[5, 6, 7, 1]])
     scored = trainer.model.eval()(input_ids=ids, lm_mask=torch.ones_like(ids, dtype=torch.bool))
     assert torch.equal(load_reward_model(str(tmp_path))(input_ids=ids).logits, scored.logits)
-    half = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lm").eval()
+    half = AutoPeftModelForCausalLM.from_pretrained(local_folder(tmp_path, "lm")).eval()
     assert not [w for w in recwarn if "missing" in str(w.message).lower()]
     logps = half(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(logps, scored.lm_logps[0, 1:])
     assert not torch.allclose(half(input_ids=ids).logits, base(input_ids=ids).logits)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "0.5 x negative log-likelihood of preferred completions, sum over tokens" in card
+    assert 'AutoPeftModelForCausalLM.from_pretrained(rlhf_ext.models.hub.local_folder(repo, "lm"))' in card
 
 
 def test_checkpointing_changes_nothing_on_a_quantised_base(tmp_path, sft):
