@@ -50,10 +50,8 @@ class RewardCardMixin(HubMixin):
             ("prediction_noise", args.prediction_noise),
         ]
         if args.lm_coef:
-            term = (
-                f"{args.lm_coef:g} x negative log-likelihood of preferred completions, {args.lm_reduction} over tokens"
-            )
-            objective.insert(1, ("language-modelling term", term))
+            term = f"{args.lm_coef:g} x negative log-likelihood of preferred completions"
+            objective.insert(1, ("language-modelling term", f"{term}, {args.lm_reduction} over tokens"))
         reports = [(f"rows of {name!r}", str(report)) for name, report in self.preference_reports.items()]
         loading = f"```python\n{_LOAD.format(repo=repo)}\n```"
         if isinstance(model, PeftModel):

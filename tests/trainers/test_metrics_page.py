@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ext.models.lm_head import keep_lm_head
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.ppo_runs import make_trainer
 from tests.trainers.test_nlpo import make_nlpo
 from tests.trainers.test_ppo_roles import build, length, logged, zero
