@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -200,6 +201,7 @@ def test_an_adapter_loads_as_a_causal_language_model(tmp_path, sft, kind, recwar
     ids = torch.tensor([[5, 6, 7, 1]])
     scored = trainer.model.eval()(input_ids=ids, lm_mask=torch.ones_like(ids, dtype=torch.bool))
     assert torch.equal(load_reward_model(str(tmp_path))(input_ids=ids).logits, scored.logits)
+    assert not [key for key in load_file(tmp_path / "lm" / "adapter_model.safetensors") if "score" in key]
     half = AutoPeftModelForCausalLM.from_pretrained(local_folder(tmp_path, "lm")).eval()
     assert not [w for w in recwarn if "missing" in str(w.message).lower()]
     logps = half(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
