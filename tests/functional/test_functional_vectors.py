@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_ext import functional as F
+from rlhf_ext.functional.ai_feedback import clamp_label, judge_probabilities
 from tests.functional.vectors import CASES, case, close, differs
 
 
@@ -383,6 +384,17 @@ def test_soft_labels(name, dtype):
     close(rewards.grad[0], [expected["dloss_dd"], -expected["dloss_dd"]], dtype)
 
 
+@covers("rlaif.soft_label")
+def test_labels_of_a_judge(dtype):
+    given, expected = case("rlaif.soft_label")
+    close(judge_probabilities(rows([given["logp_A"], given["logp_B"]], dtype)), [expected["p_A"]], dtype)
+    each = torch.tensor(given["principle_probs"], dtype=dtype)
+    low, high = given["clamp"]
+    close(each.mean(), expected["ensemble"], dtype)
+    close(clamp_label(each.mean(), low=low, high=high), expected["ensemble_clamped"], dtype)
+    close(clamp_label(each, low=low, high=high), expected["cot_clamped_each"], dtype)
+
+
 @covers("askell.combined")
 def test_preference_plus_lm_loss(dtype):
     given, expected = case("askell.combined")
@@ -547,7 +559,7 @@ LATER_ROOMS = {
         "diversity.nli",
     },
     "models: score normalisation and cutting": {"rm.norm.ziegler", "rm.norm.stiennon", "ziegler.truncate_filter"},
-    "feedback: labels and their schedule": {"rlaif.soft_label", "label_schedule.christiano"},
+    "feedback: the schedule of labels": {"label_schedule.christiano"},
     "pipelines and trainers: best-of-n, optimizer": {"best_of_n.kl", "adam.tf_vs_torch"},
 }
 
