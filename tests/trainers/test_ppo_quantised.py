@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
+from rlhf_ext.models.base_quantization import without_cpu_packing
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.merge import merge_adapters
 from rlhf_ext.models.scoring import token_scores
@@ -121,7 +122,9 @@ def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, ca
             torch.testing.assert_close(token_scores(model, **ids), trainer.model.eval()(**ids, role=role))
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=IDS).logits
-        torch.testing.assert_close(names["policy"](input_ids=IDS).logits, expected)
+        # Loaded by the stock class, which bitsandbytes repacks with rounded scales on some CPUs.
+        policy = without_cpu_packing(names["policy"])
+        torch.testing.assert_close(policy(input_ids=IDS).logits, expected)
     with caplog.at_level("WARNING"):
         load_policy(str(tmp_path / "saved"))
     assert "another policy" in caplog.text
