@@ -15,7 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
+from .base_quantization import (
+    QUANTIZATION_FILE,
+    as_loading_option,
+    quantization_of,
+    read_base_quantization,
+    without_cpu_packing,
+)
 from .hub import find_file, is_inside_repo, local_folder
 from .pooling import pool_by_attention_mask, set_normalization
 from .sharding import whole_weights
@@ -79,7 +85,7 @@ def load_reward_model(
     else:
         if base_model is not None:
             raise ValueError(f"`base_model` was given, but {path!r} is no adapter. Leave `base_model` out.")
-        model, missing = _load_classifier(path, dtype, trust_remote_code)
+        model, missing = load_classifier(path, dtype, trust_remote_code)
         if missing:
             raise ValueError(
                 f"{path!r} has no weights for {sorted(missing)}: the head would be random. Pass a trained reward "
@@ -154,9 +160,10 @@ def save_normalization(folder: str | os.PathLike, gain: float, bias: float) -> N
     file.write_text(json.dumps({**saved, "score_gain": float(gain), "score_bias": float(bias)}), encoding="utf-8")
 
 
-def _load_classifier(
+def load_classifier(
     path: str, dtype: str | torch.dtype, trust_remote_code: bool, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, set[str]]:
+    """A model with one label from safetensors files, and the names of its weights that no file has."""
     # Missing weights are judged by the caller; the library's own "newly initialized" report would be a false alarm
     # where an adapter brings the head.
     try:
@@ -177,7 +184,7 @@ def _load_classifier(
         raise ValueError(
             f"{path!r} does not give one score per text: {error} Train it with `num_labels=1`."
         ) from error
-    return model, set(info["missing_keys"])
+    return without_cpu_packing(model), set(info["missing_keys"])
 
 
 def _load_adapter(
@@ -202,7 +209,7 @@ def _load_adapter(
             options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
-    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
+    base, missing = load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
     head = read_head(path)
     foreign = {name for name in missing if not name.startswith("score.")}
     if foreign or (missing and not head):
