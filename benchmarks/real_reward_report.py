@@ -101,9 +101,8 @@ def detail_table(arms: dict[str, list[dict[str, Any]]], data: Path) -> dict[str,
             ("accuracy_length_regressed", "accuracy, length regressed out"),
         ):
             put(label, span([f[key] for f in found]))
-        put("nats per token: preferred answers, before training", f"{runs[0]['nll_untrained']['preferred']:.3f}")
-        put("nats per token: preferred answers, after", span([run["nll"]["preferred"] for run in runs]))
-        put("nats per token: other answers, after", span([run["nll"]["other"] for run in runs]))
+        put("nats per token: preferred answers, before training", span([run["nll_untrained"] for run in runs]))
+        put("nats per token: preferred answers, after", span([run["nll"] for run in runs]))
         kinds = [row["source"] for row in traps]
         trap_scores = rows_of(runs, "traps")
         trap_target = torch.tensor([row["target"][0] for row in traps], dtype=torch.float64)
