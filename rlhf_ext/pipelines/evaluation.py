@@ -114,10 +114,12 @@ def _evaluate_policy(args: EvaluationArguments, functions: dict[str, Callable]) 
     for path in args.reward_model_path or []:
         rewards[path.rstrip("/").split("/")[-1]] = _reward_of(path, args, tokenizer)[0]
     scores = score_answers(rewards, prompts, samples)
-    found["scores"] = {name: mean_with_interval(values) for name, values in scores.items()}
+    found["scores"] = {name: mean_with_interval(values, sampling.num_samples) for name, values in scores.items()}
     if baseline is not None:
         theirs = score_answers(rewards, prompts, baseline)
-        found["baseline_scores"] = {name: mean_with_interval(values) for name, values in theirs.items()}
+        found["baseline_scores"] = {
+            name: mean_with_interval(values, sampling.num_samples) for name, values in theirs.items()
+        }
         found["win_rate"] = compare_answers(scores, theirs, sampling.num_samples)
         if args.judge_model_path:
             model = AutoModelForCausalLM.from_pretrained(args.judge_model_path, use_safetensors=True, **options)

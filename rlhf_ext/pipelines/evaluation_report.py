@@ -48,7 +48,7 @@ def write_evaluation(
         )
     else:
         facts.append(
-            f"{found['prompts']} prompts; samples: {found['sampling']}. Intervals: 95%, 1.96 standard errors."
+            f"{found['prompts']} prompts; samples: {found['sampling']}. Intervals: 95%, 1.96 standard errors over prompts."
         )
     lines = [f"# {title}", "", *facts]
     for name, columns, rows in tables:
@@ -130,9 +130,9 @@ def policy_tables(found: dict[str, Any]) -> list[Table]:
         columns.append("baseline")
     rows = []
     for key, value in found["answers"].items():
-        row = [_label(key), f"{value:.3f}"]
+        row = [_label(key), _number(value)]
         if others is not None:
-            row.append(f"{others[key]:.3f}")
+            row.append(_number(others[key]))
         rows.append(row)
     tables.append(("The answers", columns, rows))
     return tables
@@ -201,6 +201,10 @@ def _row(cells: list[str]) -> str:
 
 def _interval(numbers: dict[str, Any], key: str, low: str = "low", high: str = "high") -> str:
     return f"{numbers[key]:.3f} [{numbers[low]:.3f}, {numbers[high]:.3f}]"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _label(key: str) -> str:

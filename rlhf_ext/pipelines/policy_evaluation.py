@@ -123,8 +123,7 @@ def distance(
     }
     log_ratio = completion_logps(policy, samples, **options) - completion_logps(reference, samples, **options)
     tokens = sum(map(len, samples.completion_ids))
-    half = 1.96 * (log_ratio.double().var().item() / len(log_ratio)) ** 0.5 if len(log_ratio) > 1 else float("nan")
-    mean = log_ratio.mean().item()
+    kl = mean_with_interval(log_ratio.tolist(), sampling.num_samples)
     perplexity = ReferencePerplexity().compute(
         predictions=samples.completion_ids,
         references=samples.prompt_ids,
@@ -133,9 +132,9 @@ def distance(
         batch_size=sampling.batch_size,
     )
     return {
-        "kl": mean,
-        "kl_low": mean - half,
-        "kl_high": mean + half,
+        "kl": kl["mean"],
+        "kl_low": kl["low"],
+        "kl_high": kl["high"],
         "kl_per_token": log_ratio.sum().item() / tokens,
         "reference_perplexity": perplexity["perplexity"],
     }
@@ -160,10 +159,13 @@ def judge_answers(
     return win_rate(verdicts.first_as_a.mean(1), swapped=1 - verdicts.second_as_a.mean(1))
 
 
-def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean, its 95% interval (1.96 standard errors) and standard deviation."""
+def mean_with_interval(values: Sequence[float], each: int) -> dict[str, float]:
+    """Mean over all answers, its 95% interval and the standard deviation of an answer.
+
+    The interval is 1.96 standard errors over *prompts*: `each` answers to one prompt are alike and count as one.
+    """
     tensor = torch.tensor(values, dtype=torch.float64)
-    std = tensor.std().item() if len(values) > 1 else float("nan")
-    half = 1.96 * std / len(values) ** 0.5
+    by_prompt = tensor.view(-1, each).mean(dim=1)
+    half = 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else float("nan")
     mean = tensor.mean().item()
-    return {"mean": mean, "low": mean - half, "high": mean + half, "std": std}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "std": tensor.std(unbiased=False).item()}

@@ -10,6 +10,7 @@ from rlhf_ext.data.evaluation_arguments import EvaluationArguments
 from rlhf_ext.models.scoring import ModelReward, load_reward_model, token_scores
 from rlhf_ext.pipelines.evaluation import run_evaluation
 from rlhf_ext.pipelines.evaluation_report import write_evaluation
+from rlhf_ext.pipelines.policy_evaluation import mean_with_interval
 from rlhf_ext.pipelines.reward_benchmark import (
     evaluate_reward_model,
     labelled_pairs,
@@ -163,6 +164,13 @@ def test_a_policy_against_itself_and_against_another(world, tmp_path):
         )
     )
     assert again["scores"] == found["scores"] and again["distance"] == found["distance"]
+
+
+def test_answers_to_one_prompt_count_once():
+    """Two prompts with four equal answers each: the interval is that of two numbers."""
+    found = mean_with_interval([1.0] * 4 + [3.0] * 4, 4)
+    assert found["mean"] == 2.0 and found["std"] == 1.0
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * 2**0.5 / 2**0.5)
 
 
 def test_hostile_texts_stay_texts(tmp_path):
