@@ -48,7 +48,7 @@ def write_evaluation(
         )
     else:
         facts.append(
-            f"{found['prompts']} prompts; samples: {found['sampling']}. Intervals: 95%, 1.96 standard errors over prompts."
+            f"{found['prompts']} prompts; samples: {found['sampling']}. Intervals: 1.96 standard errors over prompts."
         )
     lines = [f"# {title}", "", *facts]
     for name, columns, rows in tables:
