@@ -4,10 +4,12 @@ Shapes: N pairs; column 0 is the first completion. A target is P(first is better
 """
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from . import _checks as checks
+from .clusters import grouped_interval
 from .intervals import wilson_interval
 
 
@@ -32,8 +34,17 @@ def pair_credits(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (1 + asked * given) / 2
 
 
-def preference_accuracy(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def preference_accuracy(
+    scores: torch.Tensor, targets: torch.Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, float]:
     """Mean credit of pairs ([`pair_credits`]) with its 95% Wilson interval, where one half counts as half a success.
+
+    Args:
+        scores, targets (`torch.Tensor`):
+            As for [`pair_credits`].
+        groups (`Sequence[Hashable]`, *optional*):
+            The prompt of each pair. Several pairs of one prompt say less than as many prompts, and the interval is
+            wider for it ([`~rlhf_ext.functional.clusters.grouped_interval`]).
 
     Returns:
         `dict[str, float]`: `accuracy`, `low`, `high`, and `pairs`, their number; NaN for no pair.
@@ -45,7 +56,11 @@ def preference_accuracy(scores: torch.Tensor, targets: torch.Tensor) -> dict[str
     count = len(credits)
     if count == 0:
         return {"accuracy": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
-    low, high = wilson_interval(credits.sum().item(), count)
+    low, high = (
+        wilson_interval(credits.sum().item(), count)
+        if groups is None
+        else grouped_interval(credits.tolist(), list(groups))
+    )
     return {"accuracy": credits.mean().item(), "low": low, "high": high, "pairs": count}
 
 

@@ -12,6 +12,7 @@ from rlhf_ext.functional.diversity import (
     nli_diversity,
     per_input,
 )
+from rlhf_ext.models.sentence_encoder import load_encoder
 
 
 _DESCRIPTION = """\
@@ -63,7 +64,7 @@ class Diversity(evaluate.Metric):
             "distinct_2": lambda texts: distinct_n(texts, n=2),
         }
         if encoder is not None:
-            encode = _load_encoder(encoder) if isinstance(encoder, str) else encoder
+            encode = load_encoder(encoder) if isinstance(encoder, str) else encoder
             measures["embedding"] = lambda texts: embedding_diversity(torch.as_tensor(encode(list(texts))))
         if nli is not None:
             measures["nli"] = lambda texts: nli_diversity(_both_directions(nli, texts))
@@ -72,18 +73,6 @@ class Diversity(evaluate.Metric):
             found[f"per_input_{name}"], found[f"per_input_{name}_std"] = per_input(predictions, measure)
             found[f"across_input_{name}"] = across_inputs(predictions, measure)
         return found
-
-
-def _load_encoder(name):
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            f"`encoder` is {name!r}, a sentence-transformers model, but that package is missing. Install "
-            '"rlhf_ext[diversity]", or pass a function that gives vectors.'
-        ) from error
-    model = SentenceTransformer(name, trust_remote_code=False)
-    return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
 
 def _both_directions(nli, texts):
