@@ -60,12 +60,13 @@ def test_accuracy_counts_ties_one_half_and_reports_sources():
     assert found["low"] == pytest.approx((centre - half) / (1 + z * z / n))
     assert found["high"] == pytest.approx((centre + half) / (1 + z * z / n))
     # Each pair twice, under the same prompt: nothing new is known
+    sure = [[float(right), 0.5] for right in (1, 0, 1, 1, 0)]
     grouped = PreferenceAccuracy().compute(
-        predictions=[s for s in scores for _ in range(2)],
-        references=[t for t in targets for _ in range(2)],
-        prompts=[str(i) for i in range(5) for _ in range(2)],
+        predictions=[pair for pair in sure for _ in range(2)],
+        references=[1.0] * 10,
+        prompts=[name for name in "abcde" for _ in range(2)],
     )
-    alone = PreferenceAccuracy().compute(predictions=scores, references=targets, prompts=list("abcde"))
+    alone = PreferenceAccuracy().compute(predictions=sure, references=[1.0] * 5, prompts=list("abcde"))
     assert (grouped["low"], grouped["high"]) == (pytest.approx(alone["low"]), pytest.approx(alone["high"]))
     assert math.isnan(preference_accuracy(torch.zeros(0, 2), torch.zeros(0))["accuracy"])
 
