@@ -5,9 +5,11 @@ The layers stay in place: their `forward` is set on the instance and taken off a
 attributes are untouched.
 """
 
+import os
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .pooling import classifier_of
@@ -65,6 +67,14 @@ class TrunkCache:
             pass
         finally:
             self._stops = False
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all texts to a safetensors file, for a later run on the same base in the same dtype."""
+        save_file({key.hex(): text.contiguous() for key, text in self.texts.items()}, str(path))
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Add the texts of a file. That they are of this very base, quantised this way, is for the caller to know."""
+        self.texts.update({bytes.fromhex(key): text for key, text in load_file(str(path)).items()})
 
     def remove(self) -> None:
         """Give the layers their own forward back."""

@@ -65,7 +65,7 @@ def test_replay_is_bitwise(kind, padding):
     assert torch.equal(run(model, ids, mask)[0], scores)
 
 
-def test_two_adapters_share_the_texts():
+def test_two_adapters_share_the_texts(tmp_path):
     first, second = adapted("llama"), adapted("llama", layers=(1, 2))
     cache = TrunkCache(first, 1)
     run(first, IDS, RIGHT)
@@ -75,6 +75,11 @@ def test_two_adapters_share_the_texts():
     assert (other.num_computed, other.num_replayed) == (0, 3)
     assert torch.equal(run(second, IDS, RIGHT)[0], expected)
     assert (other.num_computed, other.num_replayed) == (0, 6)
+    cache.save(tmp_path / "texts.safetensors")
+    third = adapted("llama", layers=(1, 2))
+    loaded = TrunkCache(third, 1)
+    loaded.load(tmp_path / "texts.safetensors")
+    assert torch.equal(run(third, IDS, RIGHT)[0], expected) and loaded.num_computed == 0
     ahead = TrunkCache(adapted("llama"), 1)
     ahead.fill(IDS, RIGHT)
     assert all(torch.equal(ahead.texts[key], text) for key, text in cache.texts.items())
