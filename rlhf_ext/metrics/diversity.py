@@ -32,7 +32,8 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions (`list` of `list` of `str`): samples of each prompt, two or more.
+    predictions (`list` of `list` of `str`): samples of each prompt, two or more; with one sample of each there is
+        nothing per input, with one prompt nothing across.
     encoder (`Callable` or `str`, *optional*): gives one vector per text of a list; or the folder or name of a
         sentence-transformers model (extra `diversity`).
     nli (`Callable`, *optional*): takes a list of pairs of texts (premise, hypothesis) and gives for each the label
@@ -68,10 +69,15 @@ class Diversity(evaluate.Metric):
             measures["embedding"] = lambda texts: embedding_diversity(torch.as_tensor(encode(list(texts))))
         if nli is not None:
             measures["nli"] = lambda texts: nli_diversity(_both_directions(nli, texts))
+        has_several = any(len(texts) > 1 for texts in predictions)
+        if len(predictions) < 2 and not has_several:
+            raise ValueError("`predictions` has 1 prompt with 1 sample: diversity takes two texts or more.")
         found = {}
         for name, measure in measures.items():
-            found[f"per_input_{name}"], found[f"per_input_{name}_std"] = per_input(predictions, measure)
-            found[f"across_input_{name}"] = across_inputs(predictions, measure)
+            if has_several:
+                found[f"per_input_{name}"], found[f"per_input_{name}_std"] = per_input(predictions, measure)
+            if len(predictions) > 1:
+                found[f"across_input_{name}"] = across_inputs(predictions, measure)
         return found
 
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..data.prompts import check_prompts, check_tokenizer
 from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
-from ..functional.diversity import across_inputs, distinct_n, expectation_adjusted_distinct
 from ..functional.pairs import paired_wins, win_rate
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
@@ -188,14 +187,9 @@ def text_metrics(samples: Samples, s: PolicySettings) -> dict[str, float]:
     insults = InsultRate().compute(predictions=samples.texts, words=list(s.insult_words or DEFAULT_WORDS))
     found["insult_rate"] = insults["insult_rate"]
     by_prompt = [samples.texts[start : start + k] for start in range(0, len(samples.texts), k)]
-    if len(by_prompt) < 2:  # one prompt has nothing across
+    if len(samples.texts) < 2:
         return found
-    if k >= 2:
-        encoder, nli = s.encoder, s.nli
-        return found | Diversity().compute(predictions=by_prompt, encoder=encoder, nli=nli)
-    measures = {"ead": expectation_adjusted_distinct}
-    measures |= {f"distinct_{n}": lambda texts, n=n: distinct_n(texts, n=n) for n in (1, 2)}
-    return found | {f"across_input_{name}": across_inputs(by_prompt, measure) for name, measure in measures.items()}
+    return found | Diversity().compute(predictions=by_prompt, encoder=s.encoder, nli=s.nli)
 
 
 def wins_by_score(policy: PolicyEvaluation, baseline: PolicyEvaluation) -> dict[str, dict]:

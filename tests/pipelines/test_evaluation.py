@@ -192,6 +192,10 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
 def test_the_same_seed_gives_the_same_answers_and_greedy_has_no_kl(tokenizer):
     (policy,) = models(tokenizer, 1)
     settings = PolicySettings(num_samples=1, max_completion_length=6, temperature=0.7)
+    settings.encoder, settings.nli = (
+        (lambda texts: torch.eye(len(texts))),
+        (lambda pairs: [("neutral", 1.0)] * len(pairs)),
+    )
     reference = Reference(policy, tokenizer)
 
     def call(settings):
@@ -201,6 +205,7 @@ def test_the_same_seed_gives_the_same_answers_and_greedy_has_no_kl(tokenizer):
     assert first.samples.texts == second.samples.texts
     assert first.metrics["kl"] == pytest.approx(0.0, abs=1e-5)
     assert "across_input_ead" in first.metrics and "per_input_ead" not in first.metrics
+    assert {"across_input_embedding", "across_input_nli"} <= first.metrics.keys()
     greedy = call(PolicySettings(num_samples=1, max_completion_length=6, temperature=0.0))
     assert "kl" not in greedy.metrics and greedy.metrics["perplexity"] > 1
 
