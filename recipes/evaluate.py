@@ -36,14 +36,15 @@ sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolv
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
-from rlhf_ext.data.evaluation_rows import parse_source_map
+from rlhf_ext.data.evaluation_rows import parse_source_map, unique_prompts
 from rlhf_ext.data.functions import import_function
+from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
 from rlhf_ext.models.build import load_policy
-from rlhf_ext.models.hub import check_model_name
+from rlhf_ext.models.hub import check_model_name, find_file
 from rlhf_ext.models.nli import load_nli
 from rlhf_ext.models.scoring import ModelReward
 from rlhf_ext.models.sentence_encoder import load_encoder
@@ -66,7 +67,7 @@ def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
     dataset = load_evaluation_rows(args)
     results = []
     for name, path in names_of(args.reward_model_path).items():
-        model, tokenizer = load_reward(path, device=device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        model, tokenizer = load_reward(path, device=device, dtype="auto", trust_remote_code=args.trust_remote_code)
         result = evaluate_reward_model(
             ModelReward(model, tokenizer, tokenizer, name=name, batch_size=args.batch_size),
             dataset,
@@ -83,13 +84,13 @@ def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
 
 def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
     """Policies on prompts; returns the Markdown."""
-    dataset = load_evaluation_rows(args)
+    dataset = unique_prompts(load_evaluation_rows(args))
     paths = names_of(args.policy_model_path)
     if args.baseline_model_path:  # it may be one of the policies
         paths |= {f"baseline {name}": path for name, path in names_of([args.baseline_model_path]).items()}
     # Whatever can fail does so before the first answer.
     tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
-    load = {"device": device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
     scorers = [Scorer(name, *load_reward(path, **load)) for name, path in names_of(args.reward_model_path).items()]
     scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
     reference = judge = encoder = nli = None
@@ -145,9 +146,13 @@ def load_tokenizer(path: str, args: EvaluationArguments) -> PreTrainedTokenizerB
 
 
 def load_language_model(path: str, args: EvaluationArguments, device: torch.device) -> torch.nn.Module:
-    """A causal language model, full or an adapter."""
-    model = load_policy(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    return model.requires_grad_(False).eval().to(device)
+    """A causal language model, full or an adapter; an adapter's base is quantised as it was in training."""
+    options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
+    if args.load_in_4bit and not options:
+        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+    model = load_policy(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code, **options)
+    model = model.requires_grad_(False).eval()
+    return model if model.device == device else model.to(device)
 
 
 def names_of(paths: list[str] | None) -> dict[str, str]:

@@ -94,7 +94,13 @@ class EvaluationArguments(DataArguments):
     )
     num_shown: int = field(default=20, metadata={"help": "Samples in the report."})
     batch_size: int = field(default=16, metadata={"help": "Rows per forward."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of language models: float32, bfloat16, float16 or auto. Rewards: auto."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "NF4 for language models, such as the reference of a policy trained on a 4-bit base."},
+    )
     seed: int = field(default=42, metadata={"help": "Of sampling."})
     data_seed: int = field(default=0, metadata={"help": "Salt of the hash of `eval_fraction`, as in training."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})

@@ -1,14 +1,18 @@
 """Preference rows as pairs to be judged: where each comes from, and which of helpful, honest, harmless it measures."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from transformers.utils import logging
 
 from .loading import require_columns
 from .preferences import PreferenceReport, normalize_preferences
 
+
+logger = logging.get_logger(__name__)
 
 SOURCE_COLUMNS = ("source", "subset", "category")
 """Columns that say where a row comes from, the first that is there; `subset` is RewardBench's."""
@@ -19,7 +23,6 @@ THREE_H = (
     ("helpful", "helpful"),
     ("honest", "honest"),
     ("harmless", "harmless"),
-    ("hh-rlhf", "harmless"),
     ("qa_feedback", "honest"),
     ("finegrainedrlhf", "honest"),
     ("pandalm", "helpful"),
@@ -109,6 +112,22 @@ def sources_of(dataset: Dataset, column: str | None = None) -> list[str] | None:
         require_columns(dataset, [column], what="the preference rows, of which `source_column` names it")
     name = column or next((name for name in SOURCE_COLUMNS if name in dataset.column_names), None)
     return None if name is None else ["unnamed" if value is None else str(value) for value in dataset[name]]
+
+
+def unique_prompts(dataset: Dataset) -> Dataset:
+    """
+    Each prompt once: the same prompt again is no other one, and an interval over prompts must not count it as such.
+
+    Raises:
+        ValueError: there is no column `prompt`.
+    """
+    require_columns(dataset, ["prompt"], what="the prompts of the evaluation")
+    first: dict[str, int] = {}
+    for place, prompt in enumerate(dataset["prompt"]):
+        first.setdefault(json.dumps(prompt, sort_keys=True), place)
+    if len(first) < len(dataset):
+        logger.warning(f"{len(dataset) - len(first)} of {len(dataset)} prompts stand there again and are left out.")
+    return dataset.select(sorted(first.values()))
 
 
 def parse_source_map(entries: Sequence[str] | None) -> dict[str, str]:

@@ -109,16 +109,19 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins:
         probabilities (`torch.Tensor` of shape `(N,)`): predicted P(first is better), for a reward model
             sigmoid(score of the first - score of the second).
         targets (`torch.Tensor` of shape `(N,)`): P(first is better), soft labels allowed.
-        num_bins (`int`): bins from 0 to 1.
+        num_bins (`int`): bins from 0 to 1, an even number: a bin around one half would hold both entries of a pair,
+            which always average to one half.
 
     Returns:
         `dict`: `ece`; `bins`, a list of `{low, high, count, predicted, observed}` of the bins that are not empty, over
         both entries of each pair.
 
     Raises:
-        ValueError: If shapes differ, a value is outside [0, 1], there is no pair, or `num_bins` is below 1.
+        ValueError: If shapes differ, a value is outside [0, 1], there is no pair, or `num_bins` is odd.
     """
-    checks.check_scalar("num_bins", num_bins, minimum=1)
+    checks.check_scalar("num_bins", num_bins, minimum=2)
+    if num_bins % 2:
+        raise ValueError(f"`num_bins` is {num_bins}; give an even number: a middle bin hides what is in it.")
     checks.check_tensor("probabilities", probabilities)
     checks.check_tensor("targets", targets, probabilities.shape)
     _check_unit("probabilities", probabilities)
@@ -127,7 +130,9 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins:
         raise ValueError("`probabilities` is empty: give at least one pair.")
     p, t = probabilities.double(), targets.double()
     p, t = torch.cat([p, 1 - p]), torch.cat([t, 1 - t])
-    place = (p * num_bins).long().clamp(max=num_bins - 1)
+    # By the larger of p and 1 - p, so that a pair falls into the same two bins whichever way round it came.
+    upper = (torch.maximum(p, 1 - p) * num_bins).long().clamp(max=num_bins - 1)
+    place = torch.where(p >= 0.5, upper, num_bins - 1 - upper)
     bins, ece = [], 0.0
     for index in range(num_bins):
         inside = place == index

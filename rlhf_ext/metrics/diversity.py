@@ -18,9 +18,9 @@ from rlhf_ext.models.sentence_encoder import load_encoder
 _DESCRIPTION = """\
 Per input: mean over prompts of the diversity of a prompt's samples. Across inputs: diversity of the first samples
 of all prompts. Measured by EAD (expectation-adjusted distinct n-grams, mean over n = 1..5) and distinct-1 and -2;
-with an encoder also by 1 - mean cosine of sentence embeddings, with an NLI model by mean(contradiction -
-entailment) over both directions, from -2 to 2. Higher is more diverse throughout. Compare policies at one
-temperature and one number of samples only."""
+with an encoder also by 1 - mean cosine of sentence embeddings, with an NLI model by the mean over pairs of the sum
+over both directions of the likeliest label, + for a contradiction, - for an entailment, from -2 to 2. Higher is
+more diverse throughout. Compare policies at one temperature and one number of samples only."""
 
 _CITATION = """\
 @inproceedings{kirk2024understanding,

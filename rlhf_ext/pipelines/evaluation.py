@@ -15,7 +15,9 @@ from ..data.loading import prompt_key
 from ..functional.clusters import grouped_interval
 from ..functional.pairs import calibration, length_statistics, pair_credits
 from ..models.build import shortest_context
+from ..models.ensembles import is_reward_ensemble
 from ..models.hub import is_inside_repo, local_folder
+from ..models.pooling import log_odds_of
 from ..models.scoring import ModelReward, load_reward_model
 
 
@@ -101,7 +103,10 @@ def evaluate_reward_model(
     }
     gaps = torch.tensor([scores[p.row][p.first] - scores[p.row][p.second] for p in pairs], dtype=torch.float64)
     targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
-    result["calibration"] = calibration(gaps.sigmoid(), targets, num_bins=num_bins)
+    # In the unit of training, where a difference of scores is a log-odds; a gain saved afterwards is another one.
+    factor, noise = log_odds_of(reward.model)
+    chances = (1 - noise) * (factor * gaps).sigmoid() + noise / 2
+    result["calibration"] = calibration(chances, targets, num_bins=num_bins)
     if sources is not None:
         for name in sorted(set(sources)):
             result["sources"][name] = measured([pair for pair in pairs if sources[pair.row] == name])
@@ -155,8 +160,10 @@ def measure_pairs(
     sizes = torch.tensor([[lengths[p.row][p.first], lengths[p.row][p.second]] for p in pairs], dtype=torch.float64)
     targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
     groups = [prompts[p.row] for p in pairs]
-    of_length = length_statistics(chosen, sizes, targets)
     decisive = (targets != 0.5).tolist()
+    # Ties of the label are left out, as beside it; without any decisive pair there is nothing else.
+    kept = targets != 0.5 if any(decisive) else torch.ones_like(targets, dtype=torch.bool)
+    of_length = length_statistics(chosen[kept], sizes[kept], targets[kept])
     line = {"pairs": len(pairs), "ties": decisive.count(False), "prompts": len(set(groups))}
     line |= _share("", pair_credits(chosen, targets).tolist(), groups, [True] * len(pairs))
     line |= _share("decisive_", pair_credits(chosen, targets).tolist(), groups, decisive)
@@ -180,6 +187,10 @@ def load_reward(
     path: str, *, device: str | torch.device, dtype: str | torch.dtype, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A reward model, full or an adapter, and the tokenizer saved with it, or else that of its base."""
+    if is_reward_ensemble(path):
+        raise ValueError(
+            f"{path!r} is an ensemble. Name its members, {path}/member_0 and so on: each is a reward model of its own."
+        )
     folder = local_folder(path) if is_inside_repo(path) else path
     model = load_reward_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     try:

@@ -7,7 +7,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import global_then_local_main_first
 
-from ..data.candidates import CANDIDATE_COLUMNS, drop_overlong, pair_to_candidates, tokenize_candidates
+from ..data.candidates import (
+    CANDIDATE_COLUMNS,
+    check_candidate_ids,
+    drop_overlong,
+    pair_to_candidates,
+    tokenize_candidates,
+)
 from ..data.preferences import (
     PreferenceReport,
     check_columns,
@@ -36,7 +42,7 @@ class PreferenceDataMixin:
     ) -> Dataset | IterableDataset:
         columns = column_names(dataset)
         if "candidate_ids" in columns:
-            return dataset
+            return self._check_ids(dataset, args, dataset_name)
         check_eos(processing_class)
         is_tokenized = {"chosen_ids", "rejected_ids"} <= set(columns)
         streams = isinstance(dataset, IterableDataset)
@@ -70,12 +76,26 @@ class PreferenceDataMixin:
             dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
         if not streams:
             report.num_prompt_mismatches = sum(dataset["prompt_mismatch"])
-            self._check_options(dataset, args)
+            self._check_options(dataset, args, dataset_name)
         self._report(dataset_name, report)
         names = column_names(dataset)
         return dataset.select_columns([name for name in CANDIDATE_COLUMNS if name in names])
 
-    def _check_options(self, dataset: Dataset, args: PreferenceRewardConfig) -> None:
+    def _check_ids(
+        self, dataset: Dataset | IterableDataset, args: PreferenceRewardConfig, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        """Rows that come as token ids: nothing is tokenised, and all the rest is checked as of any others."""
+        if isinstance(dataset, IterableDataset):
+            return dataset
+        report = PreferenceReport(num_rows=len(dataset))
+        dataset = dataset.map(check_candidate_ids, with_indices=True)
+        limits = {"max_length": args.max_length, "context_length": self._context_length}
+        dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
+        self._check_options(dataset, args, dataset_name)
+        self._report(dataset_name, report)
+        return dataset.select_columns([name for name in CANDIDATE_COLUMNS if name in dataset.column_names])
+
+    def _check_options(self, dataset: Dataset, args: PreferenceRewardConfig, dataset_name: str) -> None:
         wide = {row: len(ids) for row, ids in zip(dataset["row"], dataset["completion_starts"], strict=True)}
         wide = {row: size for row, size in wide.items() if size > 2}
         if wide and args.center_rewards_coefficient is not None:
@@ -96,7 +116,8 @@ class PreferenceDataMixin:
             ranking is not None or max(target or [0.0]) == 1.0
             for target, ranking in zip(dataset["target"], dataset["ranking"], strict=True)
         )
-        if args.lm_coef > 0.0 and not has_preferred:
+        # Rows to evaluate on may be ties alone: the term is 0 there.
+        if args.lm_coef > 0.0 and dataset_name == "train" and not has_preferred:
             raise ValueError(
                 f"`lm_coef` is {args.lm_coef}, but no row of the dataset has one preferred completion, which the "
                 "language-modelling term reads. Set it to 0.0, or add rows with `best`, `ranking` or a one-hot target."

@@ -298,7 +298,9 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, Preferen
             return  # DeepSpeed calls this on every process, before one of them has made the folder
         dtype = plain_dtype(classifier_of(self.model))
         folder = output_dir or self.args.output_dir
-        save_reward_config(folder, self.args.reward_aggregation, dtype, normalization_of(self.model))
+        unit = normalization_of(self.model)
+        training = (unit[0], self.args.prediction_noise)
+        save_reward_config(folder, self.args.reward_aggregation, dtype, unit, training)
         model = self.accelerator.unwrap_model(self.model)
         # Not in checkpoints: `Trainer` takes every folder of an adapter in there for one to load on resuming.
         if self.args.lm_coef > 0.0 and isinstance(model, PeftModel) and not self._aside:

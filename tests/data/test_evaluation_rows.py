@@ -4,7 +4,15 @@ import pytest
 from datasets import Dataset
 
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
-from rlhf_ext.data.evaluation_rows import Pair, evaluation_rows, h_of, pairs_of_row, parse_source_map, sources_of
+from rlhf_ext.data.evaluation_rows import (
+    Pair,
+    evaluation_rows,
+    h_of,
+    pairs_of_row,
+    parse_source_map,
+    sources_of,
+    unique_prompts,
+)
 
 
 def test_labels_as_pairs():
@@ -78,3 +86,10 @@ def test_rows_of_either_split(tmp_path):
     assert len(load_evaluation_rows(EvaluationArguments(**given))) == 50
     held = load_evaluation_rows(EvaluationArguments(**given, eval_fraction=0.3))
     assert 5 < len(held) < 30
+
+
+def test_a_prompt_counts_once():
+    rows = Dataset.from_list([{"prompt": p, "n": n} for n, p in enumerate(["a", "b", "a", "c", "b"])])
+    assert unique_prompts(rows)["n"][:] == [0, 1, 3]
+    with pytest.raises(ValueError, match="prompt"):
+        unique_prompts(Dataset.from_list([{"text": "a"}]))

@@ -109,7 +109,7 @@ def test_calibration_by_hand():
     flipped = calibration(torch.stack([p[0], 1 - p[1], p[2]]), torch.stack([t[0], 1 - t[1], t[2]]))
     assert flipped["ece"] == pytest.approx(calibration(p, t)["ece"])
     assert calibration(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))["ece"] == 0.0
-    assert Calibration().compute(predictions=[0.6], references=[0.6], num_bins=5)["ece"] == pytest.approx(0.0)
+    assert Calibration().compute(predictions=[0.6], references=[0.6], num_bins=4)["ece"] == pytest.approx(0.0)
 
 
 def test_win_rate_by_hand():
@@ -206,6 +206,10 @@ def test_perplexity_is_that_of_plain_logits():
     found = ReferencePerplexity().compute(predictions=answers, references=prompts, model=model)
     assert found["tokens"] == 5 and found["nll"] == pytest.approx(total / 5, abs=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(total / 5), rel=1e-5)
+    # Without a prompt the first token has nothing before it, and does not count
+    logps = model(input_ids=torch.tensor([[10, 11, 1]])).logits[0].double().log_softmax(-1)
+    alone = ReferencePerplexity().compute(predictions=[[10, 11, 1]], references=[[]], model=model)
+    assert alone["tokens"] == 2 and alone["nll"] == pytest.approx(-(logps[0, 11] + logps[1, 1]).item() / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,7 @@ def test_perplexity_is_that_of_plain_logits():
         (lambda: PreferenceAccuracy().compute(predictions=[[1.0, 0.0]], references=[1.0], sources=[]), "sources.*0"),
         (lambda: Calibration().compute(predictions=[1.5], references=[1.0]), "probabilities.*1.5"),
         (lambda: Calibration().compute(predictions=[0.5], references=[1.0], num_bins=0), "num_bins.*0"),
+        (lambda: Calibration().compute(predictions=[0.5], references=[1.0], num_bins=5), "num_bins.*5.*even"),
         (lambda: WinRate().compute(predictions=[1.5]), "wins.*1.5"),
         (lambda: Diversity().compute(predictions=[["a"], ["b", "c"]]), r"prompts \[0\] have fewer"),
         (lambda: Diversity().compute(predictions=[["a"]]), "1 prompt"),

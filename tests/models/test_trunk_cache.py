@@ -80,6 +80,8 @@ def test_two_adapters_share_the_texts(tmp_path):
     loaded = TrunkCache(third, 1)
     loaded.load(tmp_path / "texts.safetensors")
     assert torch.equal(run(third, IDS, RIGHT)[0], expected) and loaded.num_computed == 0
+    with pytest.raises(ValueError, match="another trunk's texts.*layers.*'1', '2'"):
+        TrunkCache(adapted("llama"), 2).load(tmp_path / "texts.safetensors")
     ahead = TrunkCache(adapted("llama"), 1)
     ahead.fill(IDS, RIGHT)
     assert all(torch.equal(ahead.texts[key], text) for key, text in cache.texts.items())
@@ -88,10 +90,18 @@ def test_two_adapters_share_the_texts(tmp_path):
 def test_what_changes_below_is_refused():
     with pytest.raises(ValueError, match=r"parameters of the layers to replay train.*lora"):
         TrunkCache(adapted("llama", layers=(1, 2)), 2)
+    frozen = adapted("llama", layers=(1, 2))
+    frozen.requires_grad_(False)  # as a model that scores: nothing trains, and adapters may still be switched
+    with pytest.raises(ValueError, match="carry adapters"):
+        TrunkCache(frozen, 2)
     with pytest.raises(ValueError, match="num_layers.*3 of a trunk of 3"):
         TrunkCache(adapted("llama"), 3)
     model = adapted("gpt2")
     model.base_model.model.transformer.h[0].mlp.dropout.p = 0.1
+    with pytest.raises(ValueError, match="dropout"):
+        TrunkCache(model, 2)
+    model = adapted("gpt2")
+    model.base_model.model.transformer.drop.p = 0.5  # before the first layer
     with pytest.raises(ValueError, match="dropout"):
         TrunkCache(model, 2)
     model = adapted("llama")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlhf_ext.models.scoring import ModelReward
+from rlhf_ext.models.reward_checkpoints import save_reward_config
+from rlhf_ext.models.scoring import ModelReward, load_reward_model, save_normalization
 from rlhf_ext.pipelines.evaluation import evaluate_reward_model
 from rlhf_ext.pipelines.evaluation_policy import (
     PolicySettings,
@@ -239,3 +240,27 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
         evaluate_policy("p", policy, tokenizer, ["w1"], [scorer], settings)
     with pytest.raises(ValueError, match="context"):
         check_policy(policy, tokenizer, Dataset.from_dict({"prompt": ["w1 " * 127]}), 8)
+
+
+def test_calibration_is_in_the_unit_of_training(tmp_path):
+    """Gain and bias that are set afterwards change scores, and not what a difference of them was trained to mean."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_reward_model("llama", tokenizer)
+    model.save_pretrained(tmp_path)
+    rows = Dataset.from_list(
+        [{"prompt": f"w{i} ", "chosen": f"good w{i + 1}", "rejected": f"bad w{i + 2} w3"} for i in range(12)]
+    )
+
+    def ece(gain=None, **training):
+        save_reward_config(tmp_path, "last", None, **training)
+        if gain is not None:
+            save_normalization(tmp_path, gain, 0.7)
+        loaded = load_reward_model(tmp_path)
+        found = evaluate_reward_model(ModelReward(loaded, tokenizer, tokenizer), rows)
+        return found["calibration"]["ece"]
+
+    assert ece(0.2) == pytest.approx(ece(), abs=1e-6) == ece(5.0)
+    # Trained under a gain of 3: the same raw scores are three times the log-odds
+    three = {"normalization": (3.0, 0.0), "training": (3.0, 0.0)}
+    assert ece(0.2, **three) == pytest.approx(ece(**three), abs=1e-6) != pytest.approx(ece(), abs=1e-3)
+    assert ece(training=(1.0, 0.5)) != pytest.approx(ece(), abs=1e-3)  # the noise that the loss allowed for
