@@ -177,6 +177,7 @@ class AIJudge:
         if self.clamp is not None:
             each = clamp_label(each, low=self.clamp[0], high=self.clamp[1])
         sides = torch.sign(first_as_a - 0.5) * torch.sign(0.5 - second_as_a)
+        sides = torch.where((first_as_a == 0.5) & (second_as_a == 0.5), 1.0, sides)  # undecided in both agrees
         size = 2 * self.principles_per_pair
         return Verdicts(
             targets=each.mean(dim=1).tolist(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -149,6 +150,7 @@ def normalize_before(trainer: PreferenceRewardTrainer, samples: Samples, *, scal
         `tuple[float, float]`: gain and bias.
     """
     gain, bias = score_normalization(raw_scores(trainer.model, trainer.processing_class, samples), scale=scale)
+    gain, bias = broadcast_object_list([gain, bias])  # processes on unlike devices round apart, and train in one unit
     set_normalization(trainer.model, gain, bias)
     return gain, bias
 
@@ -174,7 +176,7 @@ def save_unit(
     trainer: PreferenceRewardTrainer, folder: str | Path, scores: torch.Tensor, *, scale: bool = True
 ) -> tuple[float, float]:
     """As [`normalize_after`], for raw scores that are there already."""
-    gain, bias = score_normalization(scores, scale=scale)
+    gain, bias = broadcast_object_list(list(score_normalization(scores, scale=scale)))
     set_normalization(trainer.model, gain, bias)
     if trainer.args.should_save:
         save_normalization(folder, gain, bias)
