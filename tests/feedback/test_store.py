@@ -1,6 +1,7 @@
 """Rules of the label store, on SQLite and PostgreSQL: leases, places, the chain of labels, what is refused."""
 
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -316,14 +317,38 @@ def test_sqlite_keeps_what_it_said(tmp_path):
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000
 
 
-def test_a_reader_sees_one_moment(store):
-    ids = store.add([new("p"), new("q")])
-    store.submit("ann", ids[0], "best", 0)
+def test_a_reader_sees_one_moment(store, monkeypatch):
+    monkeypatch.setattr("rlhf_ext.feedback.store._CHUNK", 1)
+    ids = store.add([new("p"), new("q"), new("r")])
+    first = [store.submit("ann", id, "best", 0) for id in ids[:2]]
     rows = store.labelled()
-    assert next(rows)[0].id == ids[0]
-    store.submit("ann", ids[1], "best", 0)  # nobody waits for the reader
-    assert list(rows) == []
-    assert len(list(store.labelled())) == 2
+    assert next(rows) == (store.comparison(ids[0]), [first[0]])
+    store.submit("ann", ids[1], "best", 1, supersedes=first[1].id)  # nobody waits for the reader
+    store.submit("ann", ids[2], "best", 0)
+    assert [labels for _, labels in rows] == [[first[1]]]
+    assert [labels[0].value for _, labels in store.labelled()] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_a_claim_waits_before_it_says_that_nothing_is_left(postgres_location, leased):
+    """Another writer holds the row: it may lease the comparison in that moment, or leave it as it is."""
+    with LabelStore(postgres_location) as store:
+        (id,) = store.add([new("p")])
+        claimed = []
+        thread = threading.Thread(target=lambda: claimed.append(store.claim("bob")))
+        with store.database.write() as connection:
+            queries.lock(connection, id)
+            thread.start()
+            waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            deadline = time.monotonic() + 10
+            while not claimed and not connection.execute(waiting).scalar() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert claimed == []
+            if leased:
+                now = store.database.now(connection)
+                queries.lease(connection, [id], "ann", now, now + 60)
+        thread.join()
+        assert [task and task.comparison_id for task in claimed] == [None if leased else id]
 
 
 def test_threads_of_one_store(store):
