@@ -199,7 +199,9 @@ def write_rows(rows: Iterable[Mapping[str, Any]] | Dataset, path: str | Path) ->
     dataset = rows if isinstance(rows, Dataset) else to_dataset(rows)
     aside = path.with_name(f".{path.name}.unfinished")
     if path.suffix == ".jsonl":
-        dataset.to_json(aside, force_ascii=False)
+        # `Dataset.to_json` rounds to ten digits: a third would come back as another number.
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
     else:
         dataset.to_parquet(aside)
     aside.replace(path)
@@ -291,7 +293,7 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _clean(text: Any) -> Any:
     """Arrow gives every message of a column every field that one of them has; what is None was not there."""
-    if isinstance(text, list):
+    if isinstance(text, list) and all(isinstance(message, dict) for message in text):
         return [{name: value for name, value in message.items() if value is not None} for message in text]
     return text
 

@@ -351,6 +351,20 @@ def test_a_claim_waits_before_it_says_that_nothing_is_left(postgres_location, le
         assert [task and task.comparison_id for task in claimed] == [None if leased else id]
 
 
+def test_no_label_appears_behind_a_cursor(postgres_location):
+    """Ids of PostgreSQL are drawn before a row can be seen: a later id must not be seen before an earlier one."""
+    with LabelStore(postgres_location) as store:
+        ids = store.add([new("p"), new("q")])
+        thread = threading.Thread(target=lambda: store.submit("bob", ids[1], "best", 1))
+        with store.database.write(exclusive=True) as connection:
+            queries.insert_label(connection, comparison_id=ids[0], annotator="ann", kind="best", value=0, created=0.0)
+            thread.start()
+            thread.join(0.3)
+            assert store.labels_since() == []
+        thread.join()
+        assert [label.annotator for label in store.labels_since()] == ["ann", "bob"]
+
+
 def test_threads_of_one_store(store):
     """What a server does: many threads, one store; fewer connections than threads."""
     ids = store.add([new(f"p{i}") for i in range(60)])
