@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from datasets import Dataset, Features, List, Value
 
 from ..data.loading import load_rows
-from ..data.preferences import normalize_row
+from ..data.preferences import is_truncated, normalize_row
 from .answers import COUNTING, answer_weights, merge_votes
 from .records import Candidate, Comparison, Label, NewComparison, NewLabel, check_comparison
 from .store import LabelStore
@@ -23,13 +23,14 @@ Votes = Literal["merged", "single"]
 
 _TEXTS = ("prompt", "chosen", "rejected", "completions")
 _LABELS = ("target", "best", "ranking", "incomparable")
-_SIDE = ("policies", "sampling", "extra", "annotator", "seconds", "comment", "overlap")
+_SIDE = ("truncated", "policies", "sampling", "extra", "annotator", "seconds", "comment", "overlap")
 _OUT = ("comparison_id", "pool", "num_labels")  # written by an export, not read again
 _FEATURES = {
     "best": Value("int64"),
     "target": List(Value("float64")),
     "ranking": List(Value("int64")),
     "incomparable": Value("bool"),
+    "truncated": List(Value("bool")),
     "comparison_id": Value("int64"),
     "pool": Value("string"),
     "num_labels": Value("int64"),
@@ -152,6 +153,8 @@ def to_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
                 f"`{name}` is {sorted(kinds)} in {len(texts)} of {len(rows)} rows; a dataset has one kind of text. "
                 "Export pool by pool."
             )
+    if any("truncated" in row for row in rows):
+        rows = [{**row, "truncated": row.get("truncated") or [False] * _size(row)} for row in rows]
     texts = Dataset.from_list([{name: row[name] for name in _TEXTS if name in row} for row in rows])
     known = {name: feature for name, feature in _FEATURES.items() if name in rows[0]}
     return Dataset.from_list(rows, features=Features({**texts.features, **known}))
@@ -182,7 +185,10 @@ def to_pairs(rows: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], P
             ties += is_tie
             chosen = [] if is_tie else [(first, other) for other in range(len(weights)) if other != first]
         shared = {name: row[name] for name in ("prompt", "comparison_id") if name in row}
-        pairs += [{**shared, "chosen": completions[a], "rejected": completions[b]} for a, b in chosen]
+        for a, b in chosen:
+            pair = {**shared, "chosen": completions[a], "rejected": completions[b]}
+            cut = row.get("truncated")
+            pairs.append(pair if cut is None else {**pair, "truncated": [cut[a], cut[b]]})
     return pairs, PairReport(len(pairs), ties, incomparable)
 
 
@@ -225,7 +231,10 @@ def _rows_of(comparison: Comparison, labels: list[Label], votes: Votes) -> Itera
 
 def _row(comparison: Comparison, kind: str, value: Any) -> dict[str, Any]:
     size = len(comparison.candidates)
-    row = {} if comparison.prompt is None else {"prompt": comparison.prompt}
+    row: dict[str, Any] = {} if comparison.prompt is None else {"prompt": comparison.prompt}
+    truncated = [candidate.truncated for candidate in comparison.candidates]
+    if any(truncated):
+        row["truncated"] = truncated
     return {
         **row,
         "completions": [candidate.completion for candidate in comparison.candidates],
@@ -255,6 +264,7 @@ def _read_row(row: Mapping[str, Any], index: int, annotator: str, overlap: int) 
                     _clean(text),
                     None if policies is None else policies[position],
                     None if sampling is None else _from_json(sampling[position]),
+                    is_truncated(row, position),
                 )
                 for position, text in enumerate(texts)
             ],
@@ -296,6 +306,10 @@ def _clean(text: Any) -> Any:
     if isinstance(text, list) and all(isinstance(message, dict) for message in text):
         return [{name: value for name, value in message.items() if value is not None} for message in text]
     return text
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    return len(row["completions"]) if "completions" in row else 2
 
 
 def _to_json(value: Any) -> str | None:

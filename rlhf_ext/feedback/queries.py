@@ -173,6 +173,7 @@ def insert_comparisons(
                     "completion": candidate.completion,
                     "policy": candidate.policy,
                     "sampling": candidate.sampling,
+                    "truncated": candidate.truncated,
                     "checksum": candidate.checksum,
                 }
                 for id, item in zip(ids, fresh.values(), strict=True)
@@ -185,11 +186,10 @@ def insert_comparisons(
 def fetch_comparisons(connection: Connection, ids: Sequence[int]) -> dict[int, Comparison]:
     """Comparisons with their candidates, by id."""
     parts: dict[int, list[Candidate]] = {}
-    query = select(
-        candidates.c.comparison_id, candidates.c.completion, candidates.c.policy, candidates.c.sampling
-    ).where(candidates.c.comparison_id.in_(ids))
+    query = select(candidates).where(candidates.c.comparison_id.in_(ids))
     for row in connection.execute(query.order_by(candidates.c.comparison_id, candidates.c.position)):
-        parts.setdefault(row.comparison_id, []).append(Candidate(row.completion, row.policy, row.sampling))
+        candidate = Candidate(row.completion, row.policy, row.sampling, row.truncated)
+        parts.setdefault(row.comparison_id, []).append(candidate)
     rows = connection.execute(select(comparisons).where(comparisons.c.id.in_(ids)))
     return {
         row.id: Comparison(
@@ -227,6 +227,7 @@ def fetch_tasks(connection: Connection, ids: Sequence[int], annotator: str, now:
             found[id].pool,
             found[id].prompt,
             [candidate.completion for candidate in found[id].candidates],
+            [candidate.truncated for candidate in found[id].candidates],
             leases[id].claimed,
             leases[id].expires,
         )

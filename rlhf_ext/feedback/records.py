@@ -33,11 +33,13 @@ class Candidate:
         completion (`str` or `list[dict]`): text or messages.
         policy (`str`, *optional*): name of the policy that wrote it; annotators never see it.
         sampling (`dict`, *optional*): settings of sampling, as JSON.
+        truncated (`bool`, *optional*, defaults to `False`): whether the text was cut and does not end here.
     """
 
     completion: TextOrMessages
     policy: str | None = None
     sampling: dict[str, Any] | None = None
+    truncated: bool = False
 
     @property
     def checksum(self) -> str:
@@ -81,7 +83,10 @@ class NewComparison:
     def fingerprint(self) -> str:
         """SHA-256 of all that makes it this comparison and no other of its pool."""
         # Policies count: the same text from two policies is a different question to whoever compares the two.
-        sources = [[candidate.checksum, candidate.policy, candidate.sampling] for candidate in self.candidates]
+        sources = [
+            [candidate.checksum, candidate.policy, candidate.sampling, candidate.truncated]
+            for candidate in self.candidates
+        ]
         return sha256([self.prompt, sources, self.copy])
 
 
@@ -105,6 +110,7 @@ class Task(NamedTuple):
     pool: str
     prompt: TextOrMessages | None
     completions: list[TextOrMessages]
+    truncated: list[bool]
     claimed: float
     expires: float
 
@@ -158,6 +164,10 @@ def check_comparison(new: NewComparison) -> None:
         _check_text(f"candidates[{position}].completion", candidate.completion, may_be_empty=new.prompt is not None)
         if candidate.policy is not None:
             check_name(f"candidates[{position}].policy", candidate.policy)
+        if not isinstance(candidate.truncated, bool):
+            raise ValueError(f"`candidates[{position}].truncated` is {candidate.truncated!r}. Give True or False.")
+        if candidate.truncated and not candidate.completion:
+            raise ValueError(f"`candidates[{position}]` is `truncated` and empty: nothing is left that was cut.")
         _check_json(f"candidates[{position}].sampling", candidate.sampling)
     if isinstance(new.overlap, bool) or not isinstance(new.overlap, int) or new.overlap < 1:
         raise ValueError(f"`overlap` is {new.overlap!r}. Give the number of labels wanted, at least 1.")

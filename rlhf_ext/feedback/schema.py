@@ -8,6 +8,7 @@ Times are seconds since 1970 UTC.
 from sqlalchemy import (
     DDL,
     JSON,
+    Boolean,
     CheckConstraint,
     Column,
     Double,
@@ -72,6 +73,7 @@ candidates = Table(
     Column("completion", JSON, nullable=False),
     Column("policy", Text),
     Column("sampling", OptionalJSON),
+    Column("truncated", Boolean, nullable=False),
     Column("checksum", String(64), nullable=False),
 )
 

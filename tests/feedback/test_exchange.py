@@ -118,6 +118,21 @@ def test_policies_settings_and_other_columns_come_along(file_store, tmp_path):
         assert second.comparison(*import_rows(second, [row], pool="two")).extra == {"margin": 0.5}
 
 
+def test_what_was_cut_stays_cut(file_store, tmp_path):
+    rows = [{**TEXTS, **EMPTY, "best": 2, "truncated": [False, True, False]}, {**TEXTS, **EMPTY, "best": 1}]
+    import_rows(file_store, [*rows, {**PAIRS[0], "truncated": True}])
+    assert file_store.add([NewComparison("w9 ", [Candidate("a", truncated=True), Candidate("b")])]) == [4]
+    assert file_store.claim("ann").truncated == [True, False]
+    dataset = to_dataset(export_rows(file_store))
+    assert dataset["truncated"][:] == [[False, True, False], [False] * 3, [True, True]]
+    assert check_preferences(dataset)[1].num_truncated == 3
+    pairs, _ = to_pairs(export_rows(file_store))
+    assert to_dataset(pairs)["truncated"][:] == [[False, False], [False, True], *[[False] * 2] * 2, [True, True]]
+    with LabelStore(tmp_path / "second.db") as second:
+        import_rows(second, write_rows(dataset, tmp_path / "rows.jsonl"))
+        assert to_dataset(export_rows(second))["truncated"][:] == dataset["truncated"][:]
+
+
 def test_rows_without_a_label_are_to_be_labelled(file_store):
     rows = [{"prompt": "w1 ", "completions": ["a", "b"]}, {"completions": [["x"], "b"]}]
     with pytest.raises(ValueError, match="Row 1 .*completion"):
