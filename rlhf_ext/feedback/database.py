@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, inspect, make_url, select, text
-from sqlalchemy.exc import OperationalError
 
 from . import schema
 
@@ -47,7 +46,7 @@ class Database:
         if self.is_sqlite:
             _check_file(Path(self.url.database), create)
         self.engine = _engine(self.url, self.is_sqlite)
-        _forget_in_children(self.engine)
+        _forget_in_children(self)
         self._prepare(create)
 
     @contextmanager
@@ -189,16 +188,15 @@ def _check_file(path: Path, create: bool) -> None:
         raise ValueError(f"`store` is {path}, which is not an SQLite file. Import such data instead (docs/labels.md).")
 
 
-def _forget_in_children(engine: Engine) -> None:
+def _forget_in_children(database: Database) -> None:
     """A forked process opens connections of its own: two processes on one connection corrupt both their talks."""
-    reference = weakref.ref(engine)
+    reference = weakref.ref(database)
 
     def forget() -> None:
         if (inherited := reference()) is not None:
-            inherited.dispose(close=False)
+            inherited.engine.dispose(close=False)
+            # The thread that may have held it was not copied.
+            inherited._writing = threading.Lock()
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=forget)
-
-
-__all__ = ["BUSY_SECONDS", "Database", "OperationalError", "store_url"]

@@ -45,12 +45,17 @@ def leases_of_others(annotator: str, now: float) -> Any:
     )
 
 
+def labelled_by(annotator: str) -> ColumnElement[bool]:
+    """That `annotator` has a current label, or skip, on the comparison of the outer query."""
+    return exists().where(labels.c.comparison_id == comparisons.c.id, labels.c.annotator == annotator, is_current())
+
+
 def claimable(annotator: str, now: float, pool: str | None) -> Select[Any]:
     """Ids of comparisons with a free place for `annotator`, oldest first."""
-    own = exists().where(labels.c.comparison_id == comparisons.c.id, labels.c.annotator == annotator, is_current())
+    free = comparisons.c.missing > leases_of_others(annotator, now)
     query = (
         select(comparisons.c.id)
-        .where(comparisons.c.missing > 0, comparisons.c.missing > leases_of_others(annotator, now), ~own)
+        .where(comparisons.c.missing > 0, free, ~labelled_by(annotator))
         .order_by(comparisons.c.id)
     )
     return query if pool is None else query.where(comparisons.c.pool == pool)
@@ -62,9 +67,20 @@ def held(annotator: str, now: float, pool: str | None) -> Select[Any]:
         select(assignments.c.comparison_id)
         .join(comparisons, comparisons.c.id == assignments.c.comparison_id)
         .where(assignments.c.annotator == annotator, assignments.c.expires > now, comparisons.c.missing > 0)
+        .where(~labelled_by(annotator))
         .order_by(assignments.c.claimed.desc(), assignments.c.id.desc())
     )
     return query if pool is None else query.where(comparisons.c.pool == pool)
+
+
+def has_place(connection: Connection, comparison_id: int, annotator: str, now: float) -> bool:
+    """Whether `annotator` holds a lease on a comparison, or it wants more labels than others have leases on it."""
+    leases = select(assignments.c.annotator).where(
+        assignments.c.comparison_id == comparison_id, assignments.c.expires > now
+    )
+    holders = set(connection.execute(leases).scalars())
+    missing = connection.execute(select(comparisons.c.missing).where(comparisons.c.id == comparison_id)).scalar_one()
+    return annotator in holders or missing > len(holders)
 
 
 def lease(connection: Connection, ids: Sequence[int], annotator: str, now: float, expires: float) -> None:

@@ -107,6 +107,7 @@ class LabelStore:
                                 comment=label.comment,
                                 created=now,
                             )
+                            queries.end_lease(connection, id, label.annotator, now)
                     fresh.discard(id)  # twice in one call is once
                 if labelled:
                     queries.count_missing(connection, labelled)
@@ -127,8 +128,7 @@ class LabelStore:
     ) -> list[Task]:
         """Up to `count` tasks at once, as [`claim`] gives one; those held already are among them."""
         check_name("annotator", annotator)
-        if not (math.isfinite(lease_seconds) and lease_seconds > 0):
-            raise ValueError(f"`lease_seconds` is {lease_seconds}. Give a positive number of seconds.")
+        _check_lease(lease_seconds)
         if count < 1:
             raise ValueError(f"`count` is {count}. Ask for at least one task.")
         # Others' rows are passed over first; waiting for them is only needed before one says that nothing is left.
@@ -250,8 +250,12 @@ class LabelStore:
             last = queries.last_of_chain(connection, comparison_id, annotator)
             _check_chain(last, supersedes, annotator, comparison_id)
             counted = last is not None and last.kind in COUNTING
-            if kind in COUNTING and not counted:
-                self._check_place(connection, comparison_id, annotator, now, row.missing)
+            if kind in COUNTING and not counted and not queries.has_place(connection, comparison_id, annotator, now):
+                raise LabelRefused(
+                    "taken",
+                    f"{annotator!r} has no lease on comparison {comparison_id} any more, and others have labelled it "
+                    f"or hold it ({row.missing} labels missing). Claim the next task.",
+                )
             label = queries.insert_label(
                 connection,
                 comparison_id=comparison_id,
@@ -281,6 +285,7 @@ class LabelStore:
         Raises:
             LabelRefused: `unknown` if it is no label of the annotator, `stale` if a correction stands in its place.
         """
+        _check_lease(lease_seconds)
         with self.database.write(exclusive=True) as connection:
             label = _by_id(connection, label_id)
             if label is None or label.annotator != annotator or label.kind == UNDO:
@@ -304,25 +309,10 @@ class LabelStore:
                 supersedes=label_id,
             )
             queries.count_missing(connection, [label.comparison_id])
-            queries.lease(connection, [label.comparison_id], annotator, now, now + lease_seconds)
+            # A skip left its place to others; it may be theirs by now.
+            if queries.has_place(connection, label.comparison_id, annotator, now):
+                queries.lease(connection, [label.comparison_id], annotator, now, now + lease_seconds)
         return undone
-
-    def _check_place(
-        self, connection: Connection, comparison_id: int, annotator: str, now: float, missing: int
-    ) -> None:
-        leases = connection.execute(
-            select(assignments.c.annotator).where(
-                assignments.c.comparison_id == comparison_id, assignments.c.expires > now
-            )
-        ).scalars()
-        holders = set(leases)
-        if annotator in holders or missing > len(holders):
-            return
-        raise LabelRefused(
-            "taken",
-            f"Comparison {comparison_id} wants {missing} more labels and {len(holders)} other annotators hold it: "
-            f"{annotator!r} has no lease on it any more. Claim the next task.",
-        )
 
     # What is there
 
@@ -436,6 +426,11 @@ def _check_chain(last: Label | None, supersedes: int | None, annotator: str, com
         f"`supersedes` is {supersedes}, but the current label of annotator {annotator!r} on comparison "
         f"{comparison_id} is {current}. Look at it again.",
     )
+
+
+def _check_lease(lease_seconds: float) -> None:
+    if not (math.isfinite(lease_seconds) and lease_seconds > 0):
+        raise ValueError(f"`lease_seconds` is {lease_seconds}. Give a positive number of seconds.")
 
 
 def _check_seconds(seconds: float | None) -> None:

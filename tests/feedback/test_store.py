@@ -137,8 +137,25 @@ def test_a_skip_goes_to_somebody_else(store):
     assert store.claim("bob").comparison_id == id
     with refused("taken"):  # a skip that becomes a label needs a place
         store.submit("ann", id, "best", 0, supersedes=skip.id)
+    undone = store.undo("ann", skip.id)  # and so does one that is taken back
+    assert store.claim("ann") is None
+    with refused("taken"):
+        store.submit("ann", id, "best", 0)
+    again = store.submit("ann", id, "skip")
+    assert again.supersedes == undone.id
     store.submit("bob", id, "best", 0)
     assert store.progress("ann")[4:8] == (1, 1, 0, 1)
+    (other,) = store.add([new("q")])
+    store.undo("ann", store.submit("ann", other, "skip").id)
+    assert store.claim("ann").comparison_id == other
+
+
+def test_what_was_labelled_elsewhere_is_not_held_any_more(store):
+    """An import brings a label of an annotator who holds the comparison here."""
+    (id,) = store.add([new("p", overlap=2)])
+    store.claim("ann")
+    store.add([new("p", labels=[NewLabel("ann", "best", 0)])])
+    assert store.claim("ann") is None and store.claim("bob").comparison_id == id
 
 
 def test_undo_and_correction_add_rows(store):
