@@ -252,9 +252,18 @@ def _row(comparison: Comparison, kind: str, value: Any) -> dict[str, Any]:
 
 def _read_row(row: Mapping[str, Any], index: int, annotator: str, overlap: int) -> NewComparison:
     is_pair = "completions" not in row
+    if is_pair and not {"chosen", "rejected"} <= set(row):
+        raise ValueError(
+            f"Row {index} of the import has the columns {sorted(row)}. It needs `chosen` and `rejected`, or "
+            "`completions`."
+        )
     labelled = is_pair or row.get("incomparable") or any(row.get(name) is not None for name in _LABELS[:3])
     texts = [row.get("chosen"), row.get("rejected")] if is_pair else row["completions"]
-    name = row.get("annotator") or annotator
+    labels = []
+    if labelled:
+        answer = _answer(normalize_row(row, index))
+        name = row.get("annotator") or annotator
+        labels = [NewLabel(name, *answer, seconds=row.get("seconds"), comment=row.get("comment"))]
     try:
         policies, sampling = row.get("policies"), row.get("sampling")
         new = NewComparison(
@@ -270,13 +279,11 @@ def _read_row(row: Mapping[str, Any], index: int, annotator: str, overlap: int) 
             ],
             overlap=row.get("overlap") or overlap,
             extra=_extra(row),
+            labels=labels,
         )
         check_comparison(new)
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"Row {index} of the import: {error}") from error
-    if labelled:
-        kind, value = _answer(normalize_row(row, index))
-        new.labels.append(NewLabel(name, kind, value, row.get("seconds"), row.get("comment")))
     return new
 
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from .answers import check_answer
 
 
 Message = dict[str, Any]
@@ -149,9 +152,12 @@ def sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def check_comparison(new: NewComparison) -> None:
+def check_comparison(new: NewComparison) -> list[Any]:
     """
     Refuse what cannot be shown to an annotator or not be stored.
+
+    Returns:
+        `list`: the values of its labels, in the form that is stored.
 
     Raises:
         ValueError: naming field, value and remedy.
@@ -172,6 +178,20 @@ def check_comparison(new: NewComparison) -> None:
     if isinstance(new.overlap, bool) or not isinstance(new.overlap, int) or new.overlap < 1:
         raise ValueError(f"`overlap` is {new.overlap!r}. Give the number of labels wanted, at least 1.")
     _check_json("extra", new.extra)
+    names = [check_name("annotator", label.annotator) for label in new.labels]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`labels` has the annotators {names}. An annotator labels a comparison once.")
+    for label in new.labels:
+        check_seconds(label.seconds)
+        if label.comment is not None:
+            check_name("comment", label.comment, may_be_empty=True)
+    return [check_answer(label.kind, label.value, len(new.candidates)) for label in new.labels]
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Refuse a time that is none."""
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"`seconds` is {seconds}. Give the time an answer took, at least 0, or None.")
 
 
 def check_name(field: str, value: Any, *, may_be_empty: bool = False) -> str:

@@ -32,6 +32,7 @@ from .records import (
     Task,
     check_comparison,
     check_name,
+    check_seconds,
 )
 from .schema import assignments, comparisons, labels
 
@@ -87,7 +88,7 @@ class LabelStore:
         check_name("pool", pool)
         ids: list[int] = []
         for chunk in queries.chunks(new, _CHUNK):
-            answers = [_check_new(item) for item in chunk]
+            answers = [check_comparison(item) for item in chunk]
             with self.database.write(exclusive=True) as connection:
                 now = self.database.now(connection)
                 found, fresh = queries.insert_comparisons(connection, chunk, pool, now)
@@ -232,7 +233,7 @@ class LabelStore:
             check_name("comment", comment, may_be_empty=True)
         if key is not None:
             check_name("key", key)
-        _check_seconds(seconds)
+        check_seconds(seconds)
         with self.database.write(exclusive=True) as connection:
             row = queries.lock(connection, comparison_id)
             if row is None:
@@ -398,19 +399,6 @@ class LabelStore:
                 yield from ((found[id], current[id]) for id in chunk)
 
 
-def _check_new(new: NewComparison) -> list[Any]:
-    check_comparison(new)
-    for label in new.labels:
-        check_name("annotator", label.annotator)
-        _check_seconds(label.seconds)
-        if label.comment is not None:
-            check_name("comment", label.comment, may_be_empty=True)
-    names = [label.annotator for label in new.labels]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`labels` has the annotators {names}. An annotator labels a comparison once.")
-    return [check_answer(label.kind, label.value, len(new.candidates)) for label in new.labels]
-
-
 def _check_chain(last: Label | None, supersedes: int | None, annotator: str, comparison_id: int) -> None:
     current = None if last is None or last.kind == UNDO else last.id
     if current == supersedes:
@@ -431,11 +419,6 @@ def _check_chain(last: Label | None, supersedes: int | None, annotator: str, com
 def _check_lease(lease_seconds: float) -> None:
     if not (math.isfinite(lease_seconds) and lease_seconds > 0):
         raise ValueError(f"`lease_seconds` is {lease_seconds}. Give a positive number of seconds.")
-
-
-def _check_seconds(seconds: float | None) -> None:
-    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"`seconds` is {seconds}. Give the time an answer took, at least 0, or None.")
 
 
 def _by_key(connection: Connection, annotator: str, key: str) -> Label | None:

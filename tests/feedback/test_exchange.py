@@ -137,6 +137,9 @@ def test_rows_without_a_label_are_to_be_labelled(file_store):
     rows = [{"prompt": "w1 ", "completions": ["a", "b"]}, {"completions": [["x"], "b"]}]
     with pytest.raises(ValueError, match="Row 1 .*completion"):
         import_rows(file_store, rows)
+    many = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "seconds": 300.0 - i} for i in range(400)]
+    with pytest.raises(ValueError, match="Row 301 .*seconds"):
+        import_rows(file_store, many)
     assert file_store.progress().comparisons == 0
     assert len(import_rows(file_store, [rows[0], {**rows[0], **EMPTY}], overlap=3)) == 2
     assert file_store.progress().missing == 6
