@@ -19,6 +19,9 @@ from . import schema
 BUSY_SECONDS = 60.0
 """How long a writer waits for others: SQLite's busy timeout, and the wait for a connection of the pool."""
 
+MAX_CONNECTIONS = 40
+"""Of one store at a time, five kept open: as many as an ASGI server has threads, which would else queue unfairly."""
+
 _LOCK_NAME = "rlhf_ext label store"
 
 
@@ -128,7 +131,11 @@ def store_url(location: str | Path | URL) -> URL:
 
 
 def _engine(url: URL, is_sqlite: bool) -> Engine:
-    options = {"json_serializer": partial(json.dumps, allow_nan=False), "pool_timeout": BUSY_SECONDS}
+    options = {
+        "json_serializer": partial(json.dumps, allow_nan=False),
+        "pool_timeout": BUSY_SECONDS,
+        "max_overflow": MAX_CONNECTIONS - 5,
+    }
     if not is_sqlite:
         try:
             return create_engine(url, pool_pre_ping=True, **options)

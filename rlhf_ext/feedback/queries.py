@@ -10,6 +10,7 @@ from .records import Candidate, Comparison, Label, NewComparison, Task
 from .schema import assignments, candidates, comparisons, labels
 
 
+_newer = labels.alias()
 LABEL_COLUMNS = [labels.c[name] for name in Label._fields]
 
 
@@ -25,10 +26,9 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def is_current(table: Any = labels) -> ColumnElement[bool]:
+def is_current() -> ColumnElement[bool]:
     """That nothing supersedes the label, and that it is no undo."""
-    newer = labels.alias()
-    return ~exists().where(newer.c.supersedes == table.c.id) & (table.c.kind != UNDO)
+    return ~exists().where(_newer.c.supersedes == labels.c.id) & (labels.c.kind != UNDO)
 
 
 def leases_of_others(annotator: str, now: float) -> Any:
@@ -118,12 +118,11 @@ def lock(connection: Connection, comparison_id: int) -> Row[Any] | None:
 
 def last_of_chain(connection: Connection, comparison_id: int, annotator: str) -> Label | None:
     """The row at the end of the annotator's history of a comparison, be it an undo."""
-    newer = labels.alias()
     row = connection.execute(
         select(*LABEL_COLUMNS).where(
             labels.c.comparison_id == comparison_id,
             labels.c.annotator == annotator,
-            ~exists().where(newer.c.supersedes == labels.c.id),
+            ~exists().where(_newer.c.supersedes == labels.c.id),
         )
     ).one_or_none()
     return None if row is None else Label(*row)
