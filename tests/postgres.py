@@ -1,4 +1,4 @@
-"""A PostgreSQL server of its own for tests: unprivileged user, 127.0.0.1, free port, password and data made on the spot.
+"""A PostgreSQL server for tests: unprivileged user, 127.0.0.1, free port, password and data made on the spot.
 
 `python tests/postgres.py FOLDER` starts one and prints its URL, `python tests/postgres.py --stop FOLDER` stops it;
 `.ci/run` uses both. Tests look for `RLHF_EXT_TEST_POSTGRES` first, and start one themselves where the programs are.

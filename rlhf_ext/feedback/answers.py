@@ -82,6 +82,29 @@ def answer_weights(kind: str, value: Any, num_candidates: int) -> list[float] | 
     return None
 
 
+def merge_votes(answers: Sequence[tuple[str, Any]], num_candidates: int) -> tuple[str, Any] | None:
+    """
+    One answer out of the answers of several people.
+
+    Skips are left out. If more people could not compare than could, the result is `incomparable`; otherwise those who
+    could not are left out too. Where the rest agree to the letter, theirs is the result, be it a ranking; else the
+    result is a `target`: the mean of their votes ([`answer_weights`]), in which a ranking votes for its first.
+
+    Returns:
+        `tuple` or `None`: kind and value; `None` without any answer.
+    """
+    counting = [(kind, value) for kind, value in answers if kind in COUNTING]
+    compared = [answer for answer in counting if answer[0] != "incomparable"]
+    if not counting:
+        return None
+    if 2 * len(compared) < len(counting):
+        return "incomparable", None
+    if all(answer == compared[0] for answer in compared):
+        return compared[0]
+    votes = [answer_weights(kind, value, num_candidates) or [] for kind, value in compared]
+    return "target", [math.fsum(column) / len(votes) for column in zip(*votes, strict=True)]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 

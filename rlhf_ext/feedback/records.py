@@ -180,6 +180,7 @@ def check_name(field: str, value: Any, *, may_be_empty: bool = False) -> str:
 
 def _check_text(field: str, value: Any, may_be_empty: bool = False) -> None:
     if isinstance(value, str) and (value or may_be_empty):
+        _check_json(field, value)
         return
     if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
         _check_json(field, value)
@@ -190,7 +191,8 @@ def _check_text(field: str, value: Any, may_be_empty: bool = False) -> None:
 
 def _check_json(field: str, value: Any) -> None:
     try:
-        json.dumps(value, allow_nan=False)
+        # Half of a surrogate pair is no text: neither Arrow nor UTF-8 can hold it.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`{field}` is {value!r}, which is no JSON ({error}). Use numbers, texts and lists."
