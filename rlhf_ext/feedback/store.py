@@ -78,8 +78,8 @@ class LabelStore:
         """
         Add comparisons to a pool (a round, an import; a name of your choice).
 
-        One whose texts, policies and settings are in the pool already gives the id it has, and its labels are not
-        added twice: a run that was killed in here is simply repeated.
+        One whose texts, policies and settings are in the pool already gives the id it has, and of its labels those of
+        annotators who have none there are added: a run that was killed in here is simply repeated.
 
         Returns:
             `list[int]`: one id per comparison, in order.
@@ -91,10 +91,12 @@ class LabelStore:
             with self.database.write(exclusive=True) as connection:
                 now = self.database.now(connection)
                 found, fresh = queries.insert_comparisons(connection, chunk, pool, now)
-                labelled = [id for id, item in zip(found, chunk, strict=True) if id in fresh and item.labels]
+                labelled = sorted({id for id, item in zip(found, chunk, strict=True) if item.labels})
+                for id in labelled:
+                    queries.lock(connection, id)
                 for id, item, values in zip(found, chunk, answers, strict=True):
                     for label, value in zip(item.labels, values, strict=True):
-                        if id in fresh:
+                        if id in fresh or queries.last_of_chain(connection, id, label.annotator) is None:
                             queries.insert_label(
                                 connection,
                                 comparison_id=id,
