@@ -7,6 +7,7 @@ together.
 import json
 import random
 import sys
+import time
 
 from rlhf_ext.feedback.store import Candidate, LabelRefused, LabelStore, NewComparison, NewLabel
 
@@ -23,6 +24,7 @@ def label(store, name):
             return
         key = f"{task.comparison_id}-{rng.random()}"
         value = rng.randrange(len(task.completions))
+        time.sleep(rng.uniform(0.0, 0.02))  # people think; and SQLite's queue of processes is not fair to who hurries
         # An answer that was lost is sent again, by chance before anything else and by chance never.
         for _ in range(rng.choice([1, 1, 2])):
             row = store.submit(name, task.comparison_id, "best", value, comment=key * 20, key=key)

@@ -153,9 +153,7 @@ def test_a_killed_server_loses_nothing():
             output, _ = worker.communicate(timeout=60)
             acknowledged = [line for line in said(output) if line[0] == "label"]
             assert acknowledged
-            check_whole(
-                store, acknowledged
-            )  # on the connections of the store from before, which find the server again
+            check_whole(store, acknowledged)  # its old connections find the server again
             assert store.claim("survivor") is not None
         postgres.stop(parent / "server", "immediate")
     finally:
