@@ -26,11 +26,10 @@ from rlhf_ext.feedback.store import LabelStore
 
 
 ROOT = Path(__file__).resolve().parents[1]
+Seconds = dict[str, list[float]]
 
 
-async def annotate(
-    address: str, name: str, password: str, start: asyncio.Event, seconds: dict[str, list[float]]
-) -> int:
+async def annotate(address: str, name: str, password: str, start: asyncio.Event, seconds: Seconds) -> int:
     """Log in, wait for all others, and label until nothing is left; the number of labels acknowledged."""
     chance, done = random.Random(name), 0
     async with httpx.AsyncClient(base_url=address, timeout=300.0) as client:
