@@ -69,14 +69,16 @@ def accuracy_table(arms: dict[str, list[dict[str, Any]]], data: Path) -> dict[st
     table = [
         [name, *(bootstrap(credits[:, list(rows)]) for rows in sources.values())] for name, credits in systems.items()
     ]
-    names = list(systems)
-    for one, other in ((0, 2), (0, 3), (1, 2), (1, 3), (1, 0)):
-        if one < len(arms) and (other >= len(arms) or other < one):
-            gap = systems[names[one]].mean(0, keepdim=True) - systems[names[other]].mean(0, keepdim=True)
-            table.append(
-                [f"{names[one].split(',')[0]} less {names[other].split(',')[0]}"]
-                + [bootstrap(gap[:, list(rows)]) for rows in sources.values()]
-            )
+    ours, baselines = list(systems)[: len(arms)], list(systems)[len(arms) :]
+    compared = [(one, other) for one in ours for other in baselines]
+    if len(ours) == 2:
+        compared.append((ours[1], ours[0]))
+    for one, other in compared:
+        gap = systems[one].mean(0, keepdim=True) - systems[other].mean(0, keepdim=True)
+        table.append(
+            [f"{one.split(',')[0]} less {other.split(',')[0]}"]
+            + [bootstrap(gap[:, list(rows)]) for rows in sources.values()]
+        )
     return {"columns": ["", *(f"{name} ({len(rows)} pairs)" for name, rows in sources.items())], "rows": table}
 
 
