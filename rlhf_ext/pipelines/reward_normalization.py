@@ -34,6 +34,7 @@ def reference_samples(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
+    device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> Samples:
     """
@@ -50,10 +51,13 @@ def reference_samples(
             As the policy will be sampled: scores of texts cut elsewhere have another mean.
         seed (`int`, *optional*, defaults to 0):
             The samples of a resumed run are those of the first.
+        device (`str` or `torch.device`, *optional*):
+            Where to sample.
         kwargs:
             As for [`~rlhf_ext.models.build.load_policy`].
     """
     policy = load_policy(reference_model_path, **kwargs).eval()
+    policy = policy if device is None else policy.to(device)
     set_seed(seed)
     texts = [_as_text(prompt, processing_class) for prompt in prompts]
     return sample_completions(

@@ -1,4 +1,4 @@
-"""An ensemble: own bootstrap, own unit, one base; whole folders are not trained again; scores are those of each alone."""
+"""An ensemble: own bootstrap, own unit, one base; whole folders are not trained again; scores of each alone."""
 
 import json
 import shutil
