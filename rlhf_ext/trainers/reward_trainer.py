@@ -231,7 +231,9 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
         streams = isinstance(dataset, IterableDataset)
         options = {} if streams else {"num_proc": args.dataset_num_proc}
         with global_then_local_main_first():
-            if is_tokenized or (check_columns(columns) and not streams):
+            # The parent closes every text by the end of sequence, so rows that may be cut take our own path.
+            closes = not streams and "truncated" not in columns
+            if is_tokenized or (check_columns(columns) and closes):
                 # Text pairs are tokenised by the parent, so that they stay what TRL reads.
                 rows = None
                 report = PreferenceReport(max_candidates=2)
