@@ -286,7 +286,9 @@ def _truncated(value: Any, index: int, completions: Sequence[Any]) -> list[bool]
     for position, (flag, completion) in enumerate(zip(flags, completions, strict=True)):
         if flag and not completion:
             name = f"completions[{position}]"
-            raise _error(index, name, completion, "text, because it is `truncated`", "Without a token it has no score.")
+            raise _error(
+                index, name, completion, "text, because it is `truncated`", "Without a token it has no score."
+            )
     return [bool(flag) for flag in flags]
 
 

@@ -23,7 +23,7 @@ class RewardBuilder:
     Builds trainers that differ in folder, seed and rows only.
 
     With adapters the frozen base is loaded once (in 4 bits if asked for) and handed on from trainer to trainer. Full
-    models are loaded anew, and so is what `lm_coef`, DeepSpeed or FSDP puts on or around a base.
+    models are loaded anew, and so is what `lm_coef` or FSDP puts on or around a base.
 
     Args:
         model (`str`):
@@ -36,7 +36,7 @@ class RewardBuilder:
             As for [`PreferenceRewardTrainer`].
 
     Raises:
-        ValueError: `model` is no name, or the run would push each of them to one repository.
+        ValueError: `model` is no name, DeepSpeed is on, or the run would push each of them to one repository.
     """
 
     def __init__(
@@ -57,13 +57,16 @@ class RewardBuilder:
                 "`push_to_hub` is set, but the loop writes several models and a repository holds one. Leave it out, "
                 "and upload the folder afterwards."
             )
+        if args.deepspeed_plugin is not None:
+            raise ValueError(
+                "DeepSpeed is on, but accelerate builds one trainer per launch under it. Launch the loop without it "
+                "(DDP, with adapters or a quantised base where memory is short)."
+            )
         self.model, self.args, self.processing_class = model, args, processing_class
         self.quantization_config = quantization_config
         self.revision = (args.model_init_kwargs or {}).get("revision")
         self.peft_config = with_base_revision(peft_config, model, self.revision)
-        self.shares_base = (
-            peft_config is not None and args.lm_coef == 0.0 and args.deepspeed_plugin is None and not args.fsdp
-        )
+        self.shares_base = peft_config is not None and args.lm_coef == 0.0 and not args.fsdp
         self._base: PreTrainedModel | None = None
         self._head: dict[str, torch.Tensor] | None = None
 

@@ -210,7 +210,16 @@ def test_a_member_goes_on_from_its_checkpoint(tmp_path, base, ensemble, monkeypa
         with pytest.raises(ZeroDivisionError):
             train(tmp_path, base, **options)
     assert (tmp_path / "_unfinished_member_0" / "checkpoint-2").exists() and not (tmp_path / "member_0").exists()
+    resumed, real = [], reward_ensemble.RewardBuilder.build
+
+    def watched(self, *args):
+        trainer = real(self, *args)
+        trainer._on_resume = resumed.append
+        return trainer
+
+    monkeypatch.setattr(reward_ensemble.RewardBuilder, "build", watched)
     train(tmp_path, base, **options)
+    assert [path.split("_unfinished_")[1] for path in resumed] == ["member_0/checkpoint-3"]
     assert _weights(tmp_path / "member_0") == _weights(folder / "member_0")
 
 
