@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..functional.scores import as_scores, preference_variance
 from .base_quantization import QUANTIZATION_FILE, read_base_quantization
-from .pooling import classifier_of, normalization_of, set_normalization
-from .reward_checkpoints import load_reward_model, read_head, saved_aggregation, saved_normalization, set_head
+from .pooling import normalization_of, set_normalization
+from .reward_checkpoints import load_reward_model, saved_aggregation, saved_normalization
 from .reward_functions import ModelReward, Text
 from .roles import POLICY, RoleSwitch
 from .score_wrappers import EnsembleMean, EnsembleSpread
@@ -185,11 +185,9 @@ def _load_adapters(folders: list[Path], *, device: Any, **options: Any) -> nn.Mo
     _check_one_base(folders)
     model = load_reward_model(folders[0], device=device, **options)  # brings the base, its adapter is `default`
     assert isinstance(model, PeftModel)
-    heads = classifier_of(model).score.modules_to_save
     place = str(next(model.parameters()).device)
-    for folder in folders[1:]:
+    for folder in folders[1:]:  # their heads are copies of the first, in float32 like it, and get their own weights
         model.load_adapter(str(folder), adapter_name=folder.name, is_trainable=False, torch_device=place)
-        set_head(heads[folder.name], read_head(str(folder)))
     return model.eval()
 
 

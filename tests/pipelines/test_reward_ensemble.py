@@ -238,13 +238,19 @@ def test_full_models_and_the_reference_as_unit(tmp_path, base):
     assert found.members[0].model is not found.members[1].model
 
 
-def test_members_on_an_nf4_base(tmp_path, base):
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_members_on_a_small_base(tmp_path, base, kind):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    train(tmp_path, base, num_members=2, peft_config=lora(), quantization_config=nf4)
+    options = {"quantization_config": nf4} if kind == "nf4" else {"model_init_kwargs": {"dtype": "bfloat16"}}
+    train(tmp_path, base, num_members=2, peft_config=lora(), **options)
     found = load_reward_ensemble(tmp_path)
-    assert found.members[0].model.get_base_model().is_loaded_in_4bit
+    shared = found.members[0].model
+    assert getattr(shared.get_base_model(), "is_loaded_in_4bit", False) is (kind == "nf4")
+    named = dict(shared.named_parameters())
+    assert {p.dtype for name, p in named.items() if "lora_" in name or "modules_to_save" in name} == {torch.float32}
+    assert shared.get_base_model().model.norm.weight.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
     for place, member in enumerate(found.members):
-        torch.testing.assert_close(torch.tensor(member(**texts())), alone(tmp_path / f"member_{place}"))
+        assert torch.equal(torch.tensor(member(**texts())), alone(tmp_path / f"member_{place}"))
 
 
 def test_what_cannot_be_an_ensemble_is_refused(tmp_path, base, ensemble):
