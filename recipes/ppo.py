@@ -15,8 +15,9 @@ accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py --con
 With LoRA (`--use_peft true`) and a reward adapter of the same base, `--reward_adapter_path FOLDER` keeps policy,
 reference, reward and critic on one base. A Python reward has TRL's signature and is named by where it stands, as in
 `--reward_funcs my_rewards:brevity`. `--cut_at`, `--clip_scores` and `--missing_eos_penalty` treat the reward model's
-score; `--probe_funcs` are logged and never paid. Any flag of `PPOConfig` and `trl.ModelConfig` goes on the line or
-into the YAML.
+score; `--probe_funcs` are logged and never paid. `--reward_model_path` may be a reward ensemble: the mean of its
+members is paid, their spread is a probe, and the critic starts from `--critic_model_path`, such as a member. Any flag
+of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
 """
 
 import functools
@@ -34,6 +35,7 @@ from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
+from rlhf_ext.models.ensembles import is_reward_ensemble, load_reward_ensemble
 from rlhf_ext.models.hub import check_model_name
 from rlhf_ext.models.scoring import treated_score
 from rlhf_ext.pipelines.environment import plan_or_none
@@ -96,7 +98,11 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         missing_eos_penalty=script_args.missing_eos_penalty,
     )
     adapter = script_args.reward_adapter_path
-    rewards = [treat(script_args.reward_model_path)] if script_args.reward_model_path else []
+    reward, doubt = script_args.reward_model_path, []
+    if is_reward_ensemble(reward):
+        ensemble = load_reward_ensemble(reward, policy_processing_class=tokenizer)
+        reward, doubt = ensemble.mean, [ensemble.spread]
+    rewards = [treat(reward)] if reward else []
     rewards += [import_function(name) for name in script_args.reward_funcs or []]
     longest = max(summary.prompt_tokens["max"] for summary in summaries.values())
     plan = plan_or_none(script_args, training_args, model_args, longest)
@@ -114,7 +120,7 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
         critic_model=script_args.critic_model_path,
         reward_adapter=treat(adapter) if adapter else None,
         token_reward_funcs=[reward_of(name) for name in script_args.token_reward_funcs or []],
-        probe_funcs=[reward_of(name) for name in script_args.probe_funcs or []],
+        probe_funcs=[*doubt, *(reward_of(name) for name in script_args.probe_funcs or [])],
     )
     memory.watch(trainer)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from rlhf_ext import PPOConfig, PreferenceRewardConfig
 from rlhf_ext.data.arguments import DataArguments
+from rlhf_ext.data.reward_arguments import RewardArguments
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
 from tests.hub_server import TOKEN, HubServer
@@ -134,10 +135,26 @@ def test_lora_recipes_share_one_base(world, tmp_path):
         assert (tmp_path / "ppo" / name).exists(), name
 
 
+@pytest.mark.slow
+def test_ppo_on_an_ensemble(world, tmp_path):
+    """The reward recipe's members go into the PPO recipe: their mean is paid, their spread is watched."""
+    model = ["--model_name_or_path", f"{world}/policy"]
+    lora = ["--use_peft", "true", "--lora_task_type", "SEQ_CLS", "--lora_target_modules", "all-linear"]
+    flags = [*model, *lora, "--num_members", "2", "--dataset_name", f"{world}/reward.jsonl"]
+    process = launch("reward", "reward_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/ensemble")
+    assert process.returncode == 0, process.stderr[-6000:]
+    flags = [*model, "--dataset_name", f"{world}/ppo.jsonl", "--reward_model_path", f"{tmp_path}/ensemble"]
+    flags += ["--critic_model_path", f"{tmp_path}/ensemble/member_0", "--normalize_scores", "true"]
+    process = launch("ppo", "ppo_tiny.yaml", *flags, "--output_dir", f"{tmp_path}/ppo")
+    metrics = finished(process, tmp_path / "ppo")
+    assert metrics["eval_probe/ensemble_spread/mean"] > 0
+    assert metrics["eval_reward"] == metrics["eval_rewards/ensemble/mean"]
+
+
 def parse(path: Path):
     """A YAML as its recipe reads it; a key that no dataclass knows raises."""
     kind = path.stem.split("_")[0]
-    data_arguments = DataArguments
+    data_arguments = RewardArguments if kind == "reward" else DataArguments
     if kind == "ppo":
         namespace: dict = {"__name__": "ppo_recipe"}
         sys.modules.setdefault("ppo_recipe", type(sys)("ppo_recipe"))

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .loading import common_prefix_length
-from .preferences import PreferenceReport
+from .preferences import PreferenceReport, is_truncated
 
 
 CANDIDATE_COLUMNS = ("candidate_ids", "completion_starts", "target", "ranking", "row", "margin")
@@ -19,20 +19,25 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
 
     Text: the end-of-sequence token is appended where it does not stand, and prompt + completion are tokenised as one.
     Messages: the chat template of prompt + completion, up to the token that ends the turn. `tools` and
-    `chat_template_kwargs` are passed on.
+    `chat_template_kwargs` are passed on. A completion that is `truncated` stays open in either form, as a rollout that
+    was cut by length is scored.
 
     Returns:
         `dict[str, Any]`: `candidate_ids`, and what [`locate_completions`] adds.
     """
     candidate_ids = []
-    for completion in row["completions"]:
+    for position, completion in enumerate(row["completions"]):
+        cut = is_truncated(row, position)
         if isinstance(completion, str):
             eos = processing_class.eos_token
-            text = row.get("prompt", "") + (completion if completion.endswith(eos) else completion + eos)
-            candidate_ids.append(processing_class(text=text)["input_ids"])
+            text = row.get("prompt", "") + (completion if cut or completion.endswith(eos) else completion + eos)
+            ids = processing_class(text=text)["input_ids"]
+            candidate_ids.append(_without_added_eos(ids, text, processing_class) if cut else ids)
         else:
             messages = [*row.get("prompt", []), *completion]
-            candidate_ids.append(_template_ids(processing_class, messages, row))
+            # The keyword is given where it is needed: not every template can leave a turn open.
+            options = {"continue_final_message": True} if cut else {}
+            candidate_ids.append(_template_ids(processing_class, messages, row, **options))
     return locate_completions({**row, "candidate_ids": candidate_ids}, processing_class)
 
 
@@ -72,18 +77,14 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     elif isinstance(prompt, str):
         prompt_ids = processing_class(text=prompt)["input_ids"]
         # A tokenizer that closes every text by EOS closes the prompt too, where no completion begins with it.
-        if (
-            prompt_ids
-            and prompt_ids[-1] == processing_class.eos_token_id
-            and not prompt.endswith(processing_class.eos_token)
-        ):
-            prompt_ids = prompt_ids[:-1]
+        prompt_ids = _without_added_eos(prompt_ids, prompt, processing_class)
     else:
         prompt_ids = _template_ids(processing_class, prompt, row, add_generation_prompt=True)
     starts = [common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
     if _has_messages(row):
         candidate_ids = [
-            end_at_closer(ids, start, processing_class) for ids, start in zip(candidate_ids, starts, strict=True)
+            ids if is_truncated(row, position) else end_at_closer(ids, start, processing_class)
+            for position, (ids, start) in enumerate(zip(candidate_ids, starts, strict=True))
         ]
     return {
         "candidate_ids": candidate_ids,
@@ -183,6 +184,12 @@ def _beyond_context(lengths: dict[int, int], context_length: int | None) -> Valu
         f"(`max_position_embeddings`): tokens by row {shown}. Shorten prompt or completion, or set `max_length` to "
         f"{context_length} or less and `overlong='drop'`."
     )
+
+
+def _without_added_eos(ids: list[int], text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` without an end of sequence that the tokenizer adds to every text."""
+    added = ids[-1:] == [processing_class.eos_token_id] and not text.endswith(processing_class.eos_token)
+    return ids[:-1] if added else ids
 
 
 def _template_ids(processing_class: PreTrainedTokenizerBase, messages: list, row: dict, **kwargs: Any) -> list[int]:

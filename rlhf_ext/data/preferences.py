@@ -7,6 +7,10 @@ them, K >= 2) with an optional `prompt` and exactly one of
 - `best`: the index of the best completion,
 - `ranking`: all K indices, best first.
 
+A row may say `truncated` (a bool, or one per completion): the text was cut, as a segment of a longer episode is
+(Christiano et al. 2017), so it does not end and gets no end-of-sequence token. Its score is read, or summed, up to the
+cut.
+
 Texts are strings or messages. Label columns that do not apply to a row hold `None`. A row that the labeller could not
 compare says `incomparable: true`, whatever its label columns hold; it is dropped and counted (Christiano et al. 2017,
 section 2.2.2).
@@ -39,6 +43,7 @@ class PreferenceReport:
         num_soft (`int`): kept rows with one best completion whose target is not one-hot.
         num_rankings (`int`): kept rows labelled by a ranking.
         max_candidates (`int`): largest K.
+        num_truncated (`int`): completions that were cut and do not end.
         num_empty (`int`): completions that are empty texts: the end of sequence at once.
         num_overlong (`int`): rows dropped because a candidate is longer than `max_length`.
         num_prompt_mismatches (`int`): rows where the tokens of prompt + completion do not begin with the tokens of the
@@ -51,6 +56,7 @@ class PreferenceReport:
     num_soft: int = 0
     num_rankings: int = 0
     max_candidates: int = 0
+    num_truncated: int = 0
     num_empty: int = 0
     num_overlong: int = 0
     num_prompt_mismatches: int = 0
@@ -118,7 +124,7 @@ def normalize_row(row: Mapping[str, Any], index: int) -> dict[str, Any] | None:
 
     Returns:
         `dict[str, Any]` or `None`: `completions`, and of `target` and `ranking` the one that is the label while the
-        other is `None`; `prompt` if the row has one. `None` if the row is incomparable.
+        other is `None`; `prompt` and `truncated` (a list) if the row has them. `None` if the row is incomparable.
 
     Raises:
         ValueError: naming row, field, value and remedy.
@@ -147,6 +153,8 @@ def normalize_row(row: Mapping[str, Any], index: int) -> dict[str, Any] | None:
             raise _error(index, name, completion, "text or messages like the rest of its row", "Use one form.")
     target, ranking = ([1.0, 0.0], None) if is_pair else _label(row, index, len(completions))
     normalized = {"completions": list(completions), "target": target, "ranking": ranking}
+    if "truncated" in row:
+        normalized["truncated"] = _truncated(row["truncated"], index, completions)
     return {"prompt": prompt, **normalized} if "prompt" in row else normalized
 
 
@@ -212,6 +220,7 @@ def check_preferences(dataset: Dataset) -> tuple[list[dict[str, Any] | None], Pr
             is_tie = target.count(max(target)) > 1
             report.num_ties += is_tie
             report.num_soft += not is_tie and max(target) < 1.0
+        report.num_truncated += sum(normalized.get("truncated", []))
         report.num_empty += sum(completion == "" for completion in normalized["completions"])
         labels.append({"target": target, "ranking": normalized["ranking"]})
     for name in ("chosen", "rejected"):
@@ -261,6 +270,26 @@ def _label(row: Mapping[str, Any], index: int, size: int) -> tuple[list[float] |
     if not all(0.0 <= item <= 1.0 for item in value) or abs(math.fsum(value) - 1.0) > TARGET_TOLERANCE:
         raise _error(index, name, value, "numbers from 0 to 1 that sum to 1", "Divide them by their sum.")
     return [float(item) for item in value], None
+
+
+def is_truncated(row: Mapping[str, Any], position: int) -> bool:
+    """Whether a completion of a checked row was cut, so that it does not end."""
+    value = row.get("truncated")
+    return bool(value[position] if isinstance(value, Sequence) else value)
+
+
+def _truncated(value: Any, index: int, completions: Sequence[Any]) -> list[bool]:
+    flags = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(completions)
+    if len(flags) != len(completions) or not all(flag is None or isinstance(flag, bool) for flag in flags):
+        wanted = f"true or false, or {len(completions)} of them"
+        raise _error(index, "truncated", value, wanted, "Give each completion one, or the row one for all.")
+    for position, (flag, completion) in enumerate(zip(flags, completions, strict=True)):
+        if flag and not completion:
+            name = f"completions[{position}]"
+            raise _error(
+                index, name, completion, "text, because it is `truncated`", "Without a token it has no score."
+            )
+    return [bool(flag) for flag in flags]
 
 
 def _check_text(index: int, field: str, text: Any) -> None:

@@ -139,6 +139,44 @@ def ensemble_spread(scores: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def ensemble_mean(scores: torch.Tensor) -> torch.Tensor:
+    """Mean over the members of an ensemble, `(B,)`: their reward (Christiano et al. 2017, Sec. 2.2.3).
+
+    Args:
+        scores (`torch.Tensor`): Shape `(B, K)`, one column per member, each normalised on its own; NaN where a member
+            does not apply, which makes the mean NaN.
+
+    Raises:
+        ValueError: If the shape is wrong or the dtype is not floating.
+    """
+    checks.check_tensor("scores", scores)
+    if scores.dim() != 2 or scores.shape[1] < 1:
+        raise ValueError(f"`scores` has shape {tuple(scores.shape)}: pass (B, K), one column per member.")
+    return checks.upcast(scores).mean(dim=1)
+
+
+@torch.no_grad()
+def preference_variance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Variance over the members of an ensemble of the predicted preference, `(N,)`: what to ask a labeller next.
+
+    Var_k sigmoid(first_k - second_k), population variance: Christiano et al. 2017, Sec. 2.2.4. From 0 (all agree) to
+    0.25 (half of the members are sure of the one, half of the other).
+
+    Args:
+        first, second (`torch.Tensor`): Shape `(N, K)`, scores of both completions of a pair, one column per member,
+            in the unit in which each member was trained.
+
+    Raises:
+        ValueError: If the shapes differ, K < 2 or the dtype is not floating.
+    """
+    checks.check_tensor("first", first)
+    checks.check_tensor("second", second, first.shape)
+    if first.dim() != 2 or first.shape[1] < 2:
+        raise ValueError(f"`first` has shape {tuple(first.shape)}: pass (N, K) with at least two members.")
+    return (checks.upcast(first) - checks.upcast(second)).sigmoid().var(dim=1, correction=0)
+
+
+@torch.no_grad()
 def score_moments(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and population standard deviation over the rows that have a score; NaN if none has.
 

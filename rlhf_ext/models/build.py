@@ -349,8 +349,8 @@ def choose_critic(
         return critic, critic_from_reward(reward.model, gain, bias)
     if len(models) > 1 or (models and len(rewards) > 1):
         raise ValueError(
-            f"The critic cannot start from {len(rewards)} rewards at once. Pass a `critic_model`, such as a copy of "
-            "the reward model that weighs most."
+            f"The critic cannot start from {max(len(rewards), len(models))} rewards at once. Pass a `critic_model`, "
+            "such as the reward model that weighs most, or a member of the ensemble."
         )
     if isinstance(base, PeftModel) or getattr(base, "quantization_method", None) is not None:
         raise ValueError(

@@ -79,7 +79,7 @@ def load_reward_model(
     else:
         if base_model is not None:
             raise ValueError(f"`base_model` was given, but {path!r} is no adapter. Leave `base_model` out.")
-        model, missing = _load_classifier(path, dtype, trust_remote_code)
+        model, missing = load_classifier(path, dtype, trust_remote_code)
         if missing:
             raise ValueError(
                 f"{path!r} has no weights for {sorted(missing)}: the head would be random. Pass a trained reward "
@@ -154,9 +154,10 @@ def save_normalization(folder: str | os.PathLike, gain: float, bias: float) -> N
     file.write_text(json.dumps({**saved, "score_gain": float(gain), "score_bias": float(bias)}), encoding="utf-8")
 
 
-def _load_classifier(
+def load_classifier(
     path: str, dtype: str | torch.dtype, trust_remote_code: bool, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, set[str]]:
+    """A model with one label from safetensors files, and the names of its weights that no file has."""
     # Missing weights are judged by the caller; the library's own "newly initialized" report would be a false alarm
     # where an adapter brings the head.
     try:
@@ -202,7 +203,7 @@ def _load_adapter(
             options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
     if find_file(path, "adapter_model.safetensors") is None:
         raise ValueError(f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again.")
-    base, missing = _load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
+    base, missing = load_classifier(str(base_path), dtype, trust_remote_code, revision, **options)
     head = read_head(path)
     foreign = {name for name in missing if not name.startswith("score.")}
     if foreign or (missing and not head):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .ensembles import is_reward_ensemble, load_reward_ensemble
 from .hub import is_inside_repo, local_folder
 from .roles import REWARD, SCORE_AND_VALUE
 from .score_wrappers import EnsembleSpread, ScoreWrapper
@@ -84,9 +85,9 @@ def resolve_rewards(
 
     Args:
         reward_funcs (`str`, `nn.Module`, `Callable`, or a list of these):
-            A folder or id of a reward model, a sequence classifier with one label, or a Python function with TRL's
-            signature `(prompts, completions, completion_ids, **columns) -> list[float | None]`; or a wrapper of
-            [`~rlhf_ext.models.score_wrappers`] around one.
+            A folder or id of a reward model, the folder of a reward ensemble (its mean), a sequence classifier with
+            one label, or a Python function with TRL's signature `(prompts, completions, completion_ids, **columns) ->
+            list[float | None]`; or a wrapper of [`~rlhf_ext.models.score_wrappers`] around one.
         reward_processing_classes (tokenizer or list of tokenizers, *optional*):
             One per reward, `None` for functions. A model without one gets the tokenizer of its own folder, or the
             policy's where it was built in memory.
@@ -108,6 +109,9 @@ def resolve_rewards(
         )
 
     def leaf(func: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        if is_reward_ensemble(func):
+            options = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
+            return load_reward_ensemble(func, policy_processing_class=policy_processing_class, **options).mean
         model, tokenizer = load_reward(func, tokenizer, policy_processing_class, trust_remote_code)
         return func if model is None else ModelReward(model, tokenizer, policy_processing_class, batch_size=batch_size)
 

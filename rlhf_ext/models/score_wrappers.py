@@ -17,6 +17,7 @@ from ..functional.scores import (
     as_scores,
     clip_scores,
     cut_length,
+    ensemble_mean,
     ensemble_spread,
     normalize_scores,
     penalize_unfinished,
@@ -185,7 +186,25 @@ class EnsembleSpread:
 
     def __call__(self, prompts: Sequence, completions: Sequence, **kwargs: Any) -> list[float | None]:
         scores = [as_scores(member(prompts=prompts, completions=completions, **kwargs)) for member in self.members]
-        return as_rewards(ensemble_spread(torch.stack(scores, dim=1)))
+        return as_rewards(self.combine(torch.stack(scores, dim=1)))
+
+    def combine(self, scores: torch.Tensor) -> torch.Tensor:
+        """One number per row `(B,)` of the members' scores `(B, K)`."""
+        return ensemble_spread(scores)
+
+
+class EnsembleMean(EnsembleSpread):
+    """Mean over the scores of several rewards (Christiano et al. 2017). A reward.
+
+    Args:
+        rewards (`list`): at least two; each as `reward_funcs` takes them, normalised on its own: a member with a
+            wider unit would outvote the others.
+    """
+
+    __name__ = "ensemble"
+
+    def combine(self, scores: torch.Tensor) -> torch.Tensor:
+        return ensemble_mean(scores)
 
 
 def treated_score(

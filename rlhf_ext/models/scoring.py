@@ -13,13 +13,23 @@ from .pooling import (
 )
 from .reward_checkpoints import load_critic, load_reward_model, save_normalization, saved_normalization
 from .reward_functions import ModelReward, checked_reward
-from .score_wrappers import Clipped, CutAt, EnsembleSpread, MissingEOS, Normalized, ScoreWrapper, treated_score
+from .score_wrappers import (
+    Clipped,
+    CutAt,
+    EnsembleMean,
+    EnsembleSpread,
+    MissingEOS,
+    Normalized,
+    ScoreWrapper,
+    treated_score,
+)
 
 
 __all__ = [
     "AGGREGATIONS",
     "Clipped",
     "CutAt",
+    "EnsembleMean",
     "EnsembleSpread",
     "MissingEOS",
     "ModelReward",

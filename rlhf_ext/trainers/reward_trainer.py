@@ -44,7 +44,7 @@ from ..models.adapters import save_lm_adapter
 from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.hub import known_commit, with_base_revision
 from ..models.lm_head import LM_FOLDER, LM_HEAD, keep_lm_head
-from ..models.pooling import classifier_of, pool_by_attention_mask
+from ..models.pooling import classifier_of, normalization_of, pool_by_attention_mask
 from ..models.reward_checkpoints import plain_dtype, read_head, save_reward_config, set_head
 from ..models.sharding import whole_weights
 from .launch import check_launch, reset_reentrant
@@ -231,7 +231,9 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
         streams = isinstance(dataset, IterableDataset)
         options = {} if streams else {"num_proc": args.dataset_num_proc}
         with global_then_local_main_first():
-            if is_tokenized or (check_columns(columns) and not streams):
+            # The parent closes every text by the end of sequence, so rows that may be cut take our own path.
+            closes = not streams and "truncated" not in columns
+            if is_tokenized or (check_columns(columns) and closes):
                 # Text pairs are tokenised by the parent, so that they stay what TRL reads.
                 rows = None
                 report = PreferenceReport(max_candidates=2)
@@ -386,7 +388,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
             return  # DeepSpeed calls this on every process, before one of them has made the folder
         dtype = plain_dtype(classifier_of(self.model))
         folder = output_dir or self.args.output_dir
-        save_reward_config(folder, self.args.reward_aggregation, dtype)
+        save_reward_config(folder, self.args.reward_aggregation, dtype, normalization_of(self.model))
         model = self.accelerator.unwrap_model(self.model)
         # Not in checkpoints: `Trainer` takes every folder of an adapter in there for one to load on resuming.
         if self.args.lm_coef > 0.0 and isinstance(model, PeftModel) and not self._aside:

@@ -31,6 +31,7 @@ CASES = {
     "reward-full": "reward model, full fine-tuning",
     "reward-full-ckpt": "the same, checkpointing",
     "reward-full-sum": "reward model, scores summed over tokens",
+    "reward-full-stream": "reward model, rows as a stream",
     "reward-full-lm": "reward model with the language-modelling term",
     "reward-lora": "reward model, LoRA",
     "reward-lora-ckpt": "the same, checkpointing",

@@ -117,6 +117,7 @@ def quantization(case: str) -> BitsAndBytesConfig | None:
 def build_reward(case: str, world: Path, output: Path) -> PreferenceRewardTrainer:
     torch.manual_seed(0)  # adapters start at random
     adapter = "lora" in case or "nf4" in case
+    rows = load_from_disk(str(world / "preferences"))
     args = PreferenceRewardConfig(
         **options(case, output),
         learning_rate=1e-3 if "adamw" in case else 0.05,
@@ -127,7 +128,7 @@ def build_reward(case: str, world: Path, output: Path) -> PreferenceRewardTraine
         # A language model where its head is kept
         model=str(world / ("base" if "lm" in case.split("-") else "reward_full")),
         args=in_small_pieces(args),
-        train_dataset=load_from_disk(str(world / "preferences")),
+        train_dataset=rows.to_iterable_dataset() if "stream" in case.split("-") else rows,
         processing_class=AutoTokenizer.from_pretrained(world / "base"),
         quantization_config=quantization(case),
         peft_config=lora(task_type="SEQ_CLS", modules_to_save=["score"]) if adapter else None,
