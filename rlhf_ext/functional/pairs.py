@@ -33,7 +33,7 @@ def pair_credits(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def preference_accuracy(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """Mean credit of pairs ([`pair_credits`]) with its 95% Wilson interval, in which one half counts as half a success.
+    """Mean credit of pairs ([`pair_credits`]) with its 95% Wilson interval, where one half counts as half a success.
 
     Returns:
         `dict[str, float]`: `accuracy`, `low`, `high`, and `pairs`, their number; NaN for no pair.
@@ -53,10 +53,9 @@ def length_statistics(scores: torch.Tensor, lengths: torch.Tensor, targets: torc
     r"""How far scores follow length, and what is left of the accuracy when that part is taken out.
 
     `length_correlation`: Pearson's r of score and length over all completions. `length_slope`: b = sum d_s d_l / sum
-    d_l^2, the least-squares line through the origin of score differences d_s over length differences d_l within pairs.
-    `accuracy_length_regressed`: accuracy of d_s - b d_l, the part of a difference that length does not predict. Beside
-    it `accuracy` and `accuracy_longer`, that of always taking the longer one. Stiennon et al. 2020, Appendix F, control
-    for length in the same spirit.
+    d_l^2, the least-squares line through the origin of score differences d_s over length differences d_l in pairs.
+    `accuracy_length_regressed`: accuracy of d_s - b d_l, the part of a difference that length does not predict.
+    Beside it `accuracy` and `accuracy_longer`, that of always taking the longer one.
 
     Args:
         scores (`torch.Tensor` of shape `(N, 2)`): scores of both completions.

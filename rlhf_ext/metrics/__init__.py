@@ -1,0 +1,1 @@
+"""Measures as `evaluate.Metric` modules: import a class, or `evaluate.load` the path of a file, offline too."""
