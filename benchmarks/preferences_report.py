@@ -235,7 +235,7 @@ def main() -> None:
     }
     world = spec["world"]
     settings = (
-        f"Every arm: {world['steps']} steps of {world['batch_size']} rows, learning rate {world['learning_rate']:g}, "
+        f"Every arm: {world['epochs']} times over its rows, {world['batch_size']} a step, learning rate {world['learning_rate']:g}, "
         f"not tuned; {world['test_prompts']} prompts with four answers per test set, pairs whose golds differ. "
         "Intervals: 95%, t over seeds."
     )
