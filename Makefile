@@ -6,7 +6,7 @@ LAUNCH = accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TRL_EXPERIMENTAL_SILENCE = 1
 
-.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results compare mutants mutants-functional invariants-trl112 seams-latest
+.PHONY: format lint type test slow slow-tests slow-learning slow-kill slow-distributed recipes results compare preferences mutants mutants-functional invariants-trl112 seams-latest
 
 format:  ## rewrite the sources in the house style
 	ruff check --fix .
@@ -50,6 +50,12 @@ compare:  ## policy-gradient trainers on the toy world, TRL's among them; what i
 	$(PYTHON) benchmarks/compare.py --tune --output_dir $(RUNS)/compare --peer_environment $(RUNS)/trl112
 	$(PYTHON) benchmarks/compare.py --seeds 5 --output_dir $(RUNS)/compare --peer_environment $(RUNS)/trl112 \
 	--result benchmarks/results/compare.json --plot docs/compare.png
+	$(PYTHON) benchmarks/results.py
+
+preferences:  ## reward models on the toy world, where the truth is known; what is done already is not run again
+	$(PYTHON) benchmarks/preferences.py --seeds 5 --output_dir $(RUNS)/preferences
+	$(PYTHON) benchmarks/preferences_report.py --seeds 5 --runs $(RUNS)/preferences \
+	--results benchmarks/results --plot docs/preferences.png
 	$(PYTHON) benchmarks/results.py
 
 mutants:  ## bring each pitfall back by one line: its test in tests/invariants/ must turn red; docs/invariants.md

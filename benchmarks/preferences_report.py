@@ -131,7 +131,7 @@ def accuracies(of_seed: dict[int, Run], test: str) -> list[float]:
 
 
 def difference_table(runs: dict[str, dict[int, Run]], comparisons: list[dict[str, str]]) -> dict[str, Any]:
-    """One row per comparison and test set: accuracy of `arm` less that of `than`, seed by seed."""
+    """One row per comparison and test set: accuracy and NLL of `arm` less those of `than`, seed by seed."""
     rows = []
     for compared in comparisons:
         for test in TESTS:
@@ -139,8 +139,11 @@ def difference_table(runs: dict[str, dict[int, Run]], comparisons: list[dict[str
             values = [left - right for left, right in pairs]
             _, low, high = interval(values)
             found = {"confirmed": "ahead", "refuted": "behind", "undecided": "undecided"}[verdict(low, high, 0.0)]
-            rows.append([compared["question"], compared["arm"], compared["than"], NAMES[test], text(values), found])
-    columns = ["question", "arm", "than", "pairs", "difference of accuracies, 95% interval", "verdict"]
+            arm, than = runs[compared["arm"]], runs[compared["than"]]
+            nll = [arm[seed]["nll"][test] - than[seed]["nll"][test] for seed in sorted(arm)]
+            names = [compared["question"], compared["arm"], compared["than"], NAMES[test]]
+            rows.append([*names, text(values), found, text(nll, 2)])
+    columns = ["question", "arm", "than", "pairs", "difference of accuracies", "accuracy", "difference of NLL"]
     return {"columns": columns, "rows": rows}
 
 
@@ -235,9 +238,9 @@ def main() -> None:
     }
     world = spec["world"]
     settings = (
-        f"Every arm: {world['epochs']} times over its rows, {world['batch_size']} a step, learning rate {world['learning_rate']:g}, "
-        f"not tuned; {world['test_prompts']} prompts with four answers per test set, pairs whose golds differ. "
-        "Intervals: 95%, t over seeds."
+        f"Every arm: {world['epochs']} times over its rows, {world['batch_size']} a step, learning rate "
+        f"{world['learning_rate']:g}, not tuned; {world['test_prompts']} prompts with four answers per test set, "
+        "pairs whose golds differ. Intervals: 95%, t over seeds."
     )
     tables = {
         "arms": {
