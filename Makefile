@@ -52,10 +52,10 @@ compare:  ## policy-gradient trainers on the toy world, TRL's among them; what i
 	--result benchmarks/results/compare.json --plot docs/compare.png
 	$(PYTHON) benchmarks/results.py
 
-preferences:  ## reward models on the toy world, where the truth is known; what is done already is not run again
+preferences:  ## reward models on the toy world, truth known; what is done already is not run again
 	$(PYTHON) benchmarks/preferences.py --seeds 5 --output_dir $(RUNS)/preferences
-	$(PYTHON) benchmarks/preferences_report.py --seeds 5 --runs $(RUNS)/preferences \
-	--results benchmarks/results --plot docs/preferences.png
+	$(PYTHON) benchmarks/preferences_report.py --runs $(RUNS)/preferences \
+	--result benchmarks/results/preferences.json --plot docs/preferences.png
 	$(PYTHON) benchmarks/results.py
 
 mutants:  ## bring each pitfall back by one line: its test in tests/invariants/ must turn red; docs/invariants.md

@@ -85,26 +85,22 @@ def scores_of(model, dataset: Dataset) -> list[list[float]]:
 
 
 @torch.no_grad()
-def preferred_nll(model, dataset: Dataset) -> dict[str, float]:
-    """Nats per token of preferred and of other completions of decisive rows, under the language-modelling head."""
+def preferred_nll(model, dataset: Dataset) -> float:
+    """Nats per token of the preferred completions of decisive rows, under the language-modelling head."""
     model.eval()
     base = classifier_of(model)
-    sums = {True: [0.0, 0], False: [0.0, 0]}
+    total, count = 0.0, 0
     for places, ids, mask in batches(dataset):
-        kept = [i for i, (n, _) in enumerate(places) if max(dataset["target"][n]) == 1.0]
+        kept = [i for i, (n, k) in enumerate(places) if dataset["target"][n][k] == 1.0]
         if not kept:
             continue
         starts = torch.tensor([dataset["completion_starts"][places[i][0]][places[i][1]] for i in kept])
         picked = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask[kept].bool()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = base.base_model(input_ids=ids[kept], attention_mask=mask[kept], use_cache=False).last_hidden_state
-            logps = lm_logps(base, hidden, ids[kept], picked)
-        for place, i in enumerate(kept):
-            n, k = places[i]
-            total = sums[dataset["target"][n][k] == 1.0]
-            total[0] -= logps[place].sum().item()
-            total[1] += int(picked[place].sum())
-    return {name: sums[key][0] / sums[key][1] for name, key in (("preferred", True), ("other", False))}
+            total -= lm_logps(base, hidden, ids[kept], picked).sum().item()
+        count += int(picked.sum())
+    return total / count
 
 
 def peak_memory(reset: bool = False) -> float:
@@ -120,7 +116,7 @@ def main() -> None:
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", default=["pairs:0,1,2", "pairs_lm:0,1,2", "groups:0"])
+    parser.add_argument("--runs", nargs="+", default=["groups:0", "pairs:0,1,2", "pairs_lm:0,1,2"])
     parser.add_argument("--max_rows", type=int, help="of each file, to try the script")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base_model)
@@ -131,8 +127,7 @@ def main() -> None:
     if args.max_rows:
         data = {name: rows.select(range(min(args.max_rows, len(rows)))) for name, rows in data.items()}
     jobs = [(arm, int(seed)) for part in args.runs for arm, seeds in [part.split(":")] for seed in seeds.split(",")]
-    jobs.sort(key=lambda job: (job[0] == "groups", job[1]))  # seed by seed, so that a cut leaves pairs of runs
-    cache, untrained = None, {}
+    cache, untrained = None, None
     for arm, seed in jobs:
         folder = args.output_dir / f"{arm}-{seed}"
         if (folder / "scores.json").exists():
@@ -186,11 +181,11 @@ def main() -> None:
                 for _, ids, mask in tqdm(batches(dataset), desc="lower layers", mininterval=20, ncols=80):
                     cache.fill(ids, mask)
         filling = time.perf_counter() - start
-        if arm != "groups" and not untrained:
+        if arm != "groups" and untrained is None:
             untrained = preferred_nll(trainer.model, tests["test"])
         main_test = ARMS[arm]["tests"][0]
         curve = Curve(lambda: scores_of(trainer.model, tests[main_test]))  # noqa: B023
-        if seed == 0:
+        if (arm, seed) == ("pairs", 0):
             trainer.add_callback(curve)
         peak_memory(reset=True)
         result = trainer.train().metrics

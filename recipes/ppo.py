@@ -21,8 +21,6 @@ of `PPOConfig` and `trl.ModelConfig` goes on the line or into the YAML.
 """
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.data.arguments import PromptArguments as ScriptArguments
-from rlhf_ext.data.arguments import load_splits
+from rlhf_ext.data.arguments import import_function, load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
@@ -40,16 +38,6 @@ from rlhf_ext.models.hub import check_model_name
 from rlhf_ext.models.scoring import treated_score
 from rlhf_ext.pipelines.environment import plan_or_none
 from rlhf_ext.trainers.memory_callback import MemoryCallback
-
-
-def import_function(name: str) -> Callable:
-    """The function that `module:function` names."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`reward_funcs` names {name!r}: {error}. Write it as `module:function`.") from error
 
 
 def reward_of(name: str) -> Callable | str:

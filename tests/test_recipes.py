@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from rlhf_ext import PPOConfig, PreferenceRewardConfig
 from rlhf_ext.data.arguments import DataArguments
+from rlhf_ext.data.evaluation_arguments import EvaluationArguments
 from rlhf_ext.data.reward_arguments import RewardArguments
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
@@ -121,6 +122,27 @@ def test_ppo_recipe(world, tmp_path):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
+def test_evaluate_recipe(world, tmp_path):
+    """RewardBench's columns; the policy's side runs in tests/pipelines/test_evaluation.py."""
+    pairs = [json.loads(line) for line in (world / "reward.jsonl").read_text().splitlines()]
+    bench = [
+        {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1], "id": n}
+        | {"subset": "refusals-dangerous" if n % 2 else "alpacaeval-easy"}
+        for n, row in enumerate(pairs)
+    ]
+    (tmp_path / "bench.jsonl").write_text("\n".join(json.dumps(row) for row in bench))
+    line = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "--config"]
+    line += [str(ROOT / "recipes" / "evaluate_tiny.yaml"), "--reward_model_path", f"{world}/reward"]
+    line += ["--dataset_name", f"{tmp_path}/bench.jsonl", "--output_dir", f"{tmp_path}/out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-6000:]
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["pairs"] == len(bench) and found["three_h"].keys() == {"helpful", "harmless"}
+    assert f"{found['all']['accuracy']:.3f}" in process.stdout
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_lora_recipes_share_one_base(world, tmp_path):
     """The reward recipe's adapter goes into the PPO recipe, which puts reward and critic on the policy's base."""
@@ -155,6 +177,10 @@ def parse(path: Path):
     """A YAML as its recipe reads it; a key that no dataclass knows raises."""
     kind = path.stem.split("_")[0]
     data_arguments = RewardArguments if kind == "reward" else DataArguments
+    if kind == "evaluate":
+        return TrlParser((EvaluationArguments,)).parse_args_and_config(
+            ["--config", str(path), "--output_dir", "out", "--reward_model_path", "reward"]
+        )
     if kind == "ppo":
         namespace: dict = {"__name__": "ppo_recipe"}
         sys.modules.setdefault("ppo_recipe", type(sys)("ppo_recipe"))
@@ -197,7 +223,7 @@ def test_ziegler_settings():
     assert reward.per_device_train_batch_size * reward.gradient_accumulation_steps == 32 and data.max_rows == 4992
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate"])
 def test_a_recipe_states_its_dependencies_and_its_launch_line(name):
     text = (ROOT / "recipes" / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")

@@ -7,10 +7,27 @@ import json
 import os
 from typing import Any
 
+from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
 QUANTIZATION_FILE = "base_quantization.json"
+
+
+def without_cpu_packing(model: nn.Module) -> nn.Module:
+    """
+    Keep a 4-bit base as it was quantised, whatever runs on it; changed in place. Does nothing to other models.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 rewrites a 4-bit weight at its first forward in evaluation mode, for a
+    kernel that knows no gradient, and rounds its scales to bf16. Training after an evaluation then has wrong gradients
+    with nothing but a warning of torch, and scores in evaluation are not those of training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # writes the weight back as it saves it
+    return model
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

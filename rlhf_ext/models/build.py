@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
-from .base_quantization import QUANTIZATION_FILE
+from .base_quantization import QUANTIZATION_FILE, without_cpu_packing
 from .hub import find_file, is_inside_repo, local_folder
 from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, ScalarHead, base_of, bind_roles
 from .score_wrappers import parts_of, unit_of
@@ -65,11 +65,13 @@ def load_policy(path: str, *, trust_remote_code: bool = False, in_pieces: bool =
                 "`quantization_config`."
             )
         with whole_weights():
-            return AutoPeftModelForCausalLM.from_pretrained(
+            adapter = AutoPeftModelForCausalLM.from_pretrained(
                 path, is_trainable=True, trust_remote_code=trust_remote_code, **kwargs
             )
+            return without_cpu_packing(adapter)
     with whole_weights(zero3=not in_pieces):
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
+    return without_cpu_packing(model)
 
 
 @whole_weights()
@@ -91,7 +93,7 @@ def critic_from_reward(reward_model: nn.Module, gain: float = 1.0, bias: float =
     What trains is float32: in bf16 an update at PPO's learning rates rounds to nothing.
     """
     classifier_of(reward_model)  # refuses what has no scalar head, before anything is copied
-    critic = copy.deepcopy(reward_model).train()
+    critic = without_cpu_packing(copy.deepcopy(reward_model)).train()
     head = classifier_of(critic).score
     if isinstance(critic, PeftModel):
         critic.requires_grad_(False)
@@ -219,6 +221,7 @@ def build_roles(
     Raises:
         ValueError: the parts do not fit (see the messages).
     """
+    without_cpu_packing(model)
     for config in [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values()):
         check_leaves_base(config, "peft_config" if peft_config is not None else "The policy's adapter")
     if peft_config is not None:

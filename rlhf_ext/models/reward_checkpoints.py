@@ -15,7 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from .base_quantization import QUANTIZATION_FILE, as_loading_option, quantization_of, read_base_quantization
+from .base_quantization import (
+    QUANTIZATION_FILE,
+    as_loading_option,
+    quantization_of,
+    read_base_quantization,
+    without_cpu_packing,
+)
 from .hub import find_file, is_inside_repo, local_folder
 from .pooling import pool_by_attention_mask, set_normalization
 from .sharding import whole_weights
@@ -178,7 +184,7 @@ def load_classifier(
         raise ValueError(
             f"{path!r} does not give one score per text: {error} Train it with `num_labels=1`."
         ) from error
-    return model, set(info["missing_keys"])
+    return without_cpu_packing(model), set(info["missing_keys"])
 
 
 def _load_adapter(

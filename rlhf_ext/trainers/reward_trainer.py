@@ -41,6 +41,7 @@ from ..functional.candidates import (
     preferred_tokens,
 )
 from ..models.adapters import save_lm_adapter
+from ..models.base_quantization import without_cpu_packing
 from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.hub import known_commit, with_base_revision
 from ..models.lm_head import LM_FOLDER, LM_HEAD, keep_lm_head
@@ -203,7 +204,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
             self.data_collator = DataCollatorForCandidates(
                 pad_token_id=self.processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
-        base = classifier_of(self.model)
+        base = without_cpu_packing(classifier_of(self.model))
         if head is None:
             head = new_head(base, args.seed)
         set_head(base.score, head)

@@ -100,7 +100,7 @@ def test_the_roles_start_equal_and_stay_float32(tmp_path, folder, kind):
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, caplog):
+def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, caplog, monkeypatch):
     """PEFT's config does not, and on the base in full precision the adapter is another policy."""
     trainer = trainer_on(tmp_path, folder, "nf4")
     trainer.save_model(str(tmp_path / "saved"))
@@ -111,6 +111,8 @@ def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, ca
     assert "| quantisation of the base |" in card and "bnb_4bit_quant_type=nf4" in card
     assert "--output_dir merged --dequantize`" in card
     # The card's code loads policy, critic and reward model on a base that is rounded as in training.
+    # The policy comes by a stock class, whose base bitsandbytes repacks with rounded scales on some CPUs.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         exec(block.replace('repo = "out"', f'repo = "{tmp_path}/saved"'), names)
