@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import slug
 from compare_statistics import interval, verdict
+from preferences import ROOT, read_arms
 
 from rlhf_ext.functional.pairs import preference_accuracy
 from rlhf_ext.functional.scores import score_normalization
@@ -24,6 +26,8 @@ MEMBERS = [f"member {number}" for number in range(4)]
 QUESTIONS = [
     ("best of 4 teaches more per label, 256", "best of 4 256", "pairs 256", ID, "accuracy"),
     ("best of 4 teaches more per label, 512", "best of 4 512", "pairs 512", ID, "accuracy"),
+    ("best of 4 teaches more per label out of distribution, 256", "best of 4 256", "pairs 256", OOD, "accuracy"),
+    ("best of 4 teaches more per label out of distribution, 512", "best of 4 512", "pairs 512", OOD, "accuracy"),
     ("best of 4 teaches more per answer read, 1024", "best of 4 256", "pairs 512", ID, "accuracy"),
     ("best of 4 teaches more per answer read, 2048", "best of 4 512", "pairs 1024", ID, "accuracy"),
     ("LM term 0.1 helps", "LM 0.1", "pairs 512", ID, "accuracy"),
@@ -32,6 +36,8 @@ QUESTIONS = [
     ("LM term 1 helps out of distribution", "LM 1", "pairs 512", OOD, "accuracy"),
     ("LM term 0.1 keeps preferred answers likely (nats per token saved)", "pairs 512", "LM 0.1", ID, "nll"),
     ("LM term 0.1 keeps them likely out of distribution", "pairs 512", "LM 0.1", OOD, "nll"),
+    ("LM term 1 keeps preferred answers likely (nats per token saved)", "pairs 512", "LM 1", ID, "nll"),
+    ("LM term 1 keeps them likely out of distribution", "pairs 512", "LM 1", OOD, "nll"),
     ("ties kept beat ties dropped", "ties kept", "ties dropped", ID, "accuracy"),
     (
         "ties kept hold equal answers closer (|score difference| / sd)",
@@ -43,6 +49,29 @@ QUESTIONS = [
     ("noise 0.1 helps at 10% errors", "10% errors, noise 0.1", "10% errors, plain", ID, "accuracy"),
     ("noise 0.2 helps at 20% errors", "20% errors, noise 0.2", "20% errors, plain", ID, "accuracy"),
 ]
+
+
+def read_runs(arms: Path, folder: Path, seeds: int) -> dict[str, dict[int, dict[str, Any]]]:
+    """`found[arm][seed]`: every arm of the file on every seed.
+
+    Raises:
+        ValueError: a run is missing, or was made with other settings than its arm has now.
+    """
+    spec, lost = read_arms(arms), []
+    found: dict[str, dict[int, dict[str, Any]]] = {arm["name"]: {} for arm in spec["arms"]}
+    for arm in spec["arms"]:
+        for seed in range(seeds):
+            path = folder / f"{slug(arm['name'])}-{seed}.json"
+            if not path.exists():
+                lost.append(path.name)
+                continue
+            run = json.loads(path.read_text())
+            if (run["arm"], run["world"], run["seed"]) != (arm, spec["world"], seed):
+                raise ValueError(f"{path} was run with other settings than {arms.name} has now. Run it again.")
+            found[arm["name"]][seed] = run
+    if lost:
+        raise ValueError(f"{folder} has no {', '.join(lost)}. Run preferences.py first, or lower --seeds.")
+    return found
 
 
 def pairs_of(scores: list[list[float]], gold: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,15 +147,14 @@ def text(values: list[float], digits: int = 3) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", type=Path, default=ROOT / "benchmarks" / "preference_arms.yaml")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(args.runs.glob("*.json")):
-        run = json.loads(path.read_text())
-        found.setdefault(run["arm"]["name"], {})[run["seed"]] = run
-    seeds = sorted(set.intersection(*(set(of_seed) for of_seed in found.values())))
+    found = read_runs(args.arms, args.runs, args.seeds)
+    seeds = list(range(args.seeds))
     first = next(iter(found.values()))[seeds[0]]
     world = first["world"]
     table = {

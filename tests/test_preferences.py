@@ -1,5 +1,6 @@
 """The comparison of reward models: arms, labels and the numbers made of raw scores, without training."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -70,3 +71,14 @@ def test_an_ensemble_that_is_right_where_it_agrees():
     assert found["single"] == pytest.approx(7 / 8) and found["mean"] == pytest.approx(7 / 8)
     assert found["quarters"][:3] == [0.0, 0.0, 0.0] and found["quarters"][3] == 0.5
     assert found["spearman"] > 0.5
+
+
+def test_missing_runs_and_runs_of_other_settings_are_named(tmp_path):
+    arms = ROOT / "benchmarks" / "preference_arms.yaml"
+    with pytest.raises(ValueError, match=r"has no pairs-256-0.json, .*Run preferences.py first"):
+        report.read_runs(arms, tmp_path, 1)
+    spec = preferences.read_arms(arms)
+    run = {"arm": {**spec["arms"][0], "labels": 1}, "world": spec["world"], "seed": 0}
+    (tmp_path / "pairs-256-0.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="pairs-256-0.json was run with other settings"):
+        report.read_runs(arms, tmp_path, 1)
