@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from rlhf_ext.functional.pairs import preference_accuracy
 from rlhf_ext.models.scoring import ModelReward, load_reward_model
 
 
@@ -23,25 +24,14 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def credits(rows: list[dict], scores: list[tuple[float, float]]) -> list[tuple[str, float]]:
-    """Source and credit of each decisive pair: 1 right, 0.5 for equal scores, 0 wrong."""
-    found = []
-    for row, (first, second) in zip(rows, scores, strict=True):
-        if row["target"][0] == row["target"][1]:
-            continue
-        sign = 1 if row["target"][0] > row["target"][1] else -1
-        found.append(
-            (row["source"], 0.5 + 0.5 * math.copysign(1, sign * (first - second)) if first != second else 0.5)
-        )
-    return found
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95% Wilson interval."""
-    n, p, z = len(values), sum(values) / len(values), 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return f"{p:.3f} [{centre - half:.3f}, {centre + half:.3f}]"
+def interval(rows: list[dict], scores: list[tuple[float, float]]) -> str:
+    """Accuracy on decisive pairs with its 95% Wilson interval."""
+    kept = [i for i, row in enumerate(rows) if row["target"][0] != row["target"][1]]
+    found = preference_accuracy(
+        torch.tensor([scores[i] for i in kept], dtype=torch.float64),
+        torch.tensor([rows[i]["target"][0] for i in kept], dtype=torch.float64),
+    )
+    return f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def bag_of_words(train: list[dict], test: list[dict]) -> list[tuple[float, float]]:
@@ -103,13 +93,18 @@ def main() -> None:
         "always longer": [tuple(float(len(t)) for t in row["completions"]) for row in test],
         "bag of words": bag_of_words(train, test),
     }
+    decisive = [row for row in test if row["target"][0] != row["target"][1]]
+    places = {
+        s: [i for i, row in enumerate(test) if row["source"] == s] for s in sorted({r["source"] for r in decisive})
+    }
     rows = []
     for name, found in systems.items():
-        all_credits = credits(test, found)
-        by_source = {s: [c for o, c in all_credits if o == s] for s in sorted({o for o, _ in all_credits})}
-        cells = [interval(values) for values in by_source.values()]
-        rows.append([name, interval([c for _, c in all_credits]), *cells])
-    columns = ["", f"all ({len(all_credits)} pairs)", *[f"{s} ({len(v)})" for s, v in by_source.items()]]
+        cells = [
+            interval([test[i] for i in of_source], [found[i] for i in of_source]) for of_source in places.values()
+        ]
+        rows.append([name, interval(test, found), *cells])
+    counts = {source: sum(row["source"] == source for row in decisive) for source in places}
+    columns = ["", f"all ({len(decisive)} pairs)", *[f"{source} ({count})" for source, count in counts.items()]]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     seconds = json.loads(args.log.read_text())["train_runtime"] if args.log else float("nan")
     notes = [

@@ -175,12 +175,17 @@ def main() -> None:
         )
         tests = {name: tokenized(trainer, data[name]) for name in ARMS[arm]["tests"]}
         cache = TrunkCache(trainer.model, LOWER, shared=cache)
-        start = time.perf_counter()
+        file = args.output_dir / "lower_layers.safetensors"
+        if not cache.texts and file.exists():
+            cache.load(file)
+        start, known = time.perf_counter(), len(cache.texts)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for dataset in (trainer.train_dataset, *tests.values()):
                 for _, ids, mask in tqdm(batches(dataset), desc="lower layers", mininterval=20, ncols=80):
                     cache.fill(ids, mask)
         filling = time.perf_counter() - start
+        if len(cache.texts) > known:
+            cache.save(file)
         if arm != "groups" and untrained is None:
             untrained = preferred_nll(trainer.model, tests["test"])
         main_test = ARMS[arm]["tests"][0]

@@ -3,48 +3,177 @@
 # ///
 
 """
-What a reward model knows, or what a policy does.
+Measures a reward model on preferences, or a policy on prompts; no training.
 
-A reward model (full, adapter or ensemble) on labelled answers, in our rows, TRL's pairs or RewardBench's columns:
-
-```bash
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/evaluate.py --config recipes/evaluate_tiny.yaml \
-    --reward_model_path runs/reward --dataset_name PAIRS.jsonl --output_dir runs/evaluate_reward
-```
-
-A policy (full or adapter) on prompts, against a baseline:
+Preferences are rows of `recipes/reward.py` or RewardBench's columns; a column `source`, `subset` or `category` gives
+one line each, and a table of helpful, honest, harmless. On a CPU, with tiny models of your own:
 
 ```bash
 accelerate launch --config_file accelerate_configs/cpu.yaml recipes/evaluate.py --config recipes/evaluate_tiny.yaml \
-    --policy_model_path runs/ppo --baseline_model_path runs/sft --reference_model_path runs/sft \
-    --reward_model_path runs/reward --dataset_name PROMPTS.jsonl --output_dir runs/evaluate_policy
+    --reward_model_path REWARD_MODEL --dataset_name ROWS.jsonl --output_dir runs/evaluate
 ```
 
-Both leave `evaluation.json`, `evaluation.md` and `report.html`. The measures stand in docs/measures.md.
+A policy is sampled on rows with a `prompt`, scored by reward models and Python functions, and compared with a baseline
+by these scores and, with `--judge_model_path`, by a model that is asked in both orders:
+
+```bash
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/evaluate.py --config recipes/evaluate_tiny.yaml \
+    --policy_model_path POLICY --baseline_model_path SFT --reference_model_path SFT --reward_model_path REWARD_MODEL \
+    --dataset_name PROMPTS.jsonl --output_dir runs/evaluate_policy
+```
+
+Several policies, such as checkpoints, give the frontier of score against KL. `--embedding_model_path` and
+`--nli_model_path` add the diversity of meaning. Written: `evaluation.json`, `evaluation.md`, `report.html`.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 
-# A script's own folder comes first on the path, where this file would hide the library of the same name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+# A script's own folder is searched first, and there `import evaluate` would find this file instead of the package.
+sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
 
-from accelerate import PartialState  # noqa: E402
-from trl import TrlParser  # noqa: E402
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from trl import TrlParser
 
-from rlhf_ext.data.arguments import import_function  # noqa: E402
-from rlhf_ext.data.evaluation_arguments import EvaluationArguments  # noqa: E402
-from rlhf_ext.pipelines.evaluation import run_evaluation  # noqa: E402
+from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
+from rlhf_ext.data.evaluation_rows import parse_source_map, unique_prompts
+from rlhf_ext.data.functions import import_function
+from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
+from rlhf_ext.models.build import load_policy
+from rlhf_ext.models.hub import check_model_name, find_file
+from rlhf_ext.models.nli import load_nli
+from rlhf_ext.models.scoring import ModelReward
+from rlhf_ext.models.sentence_encoder import load_encoder
+from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward
+from rlhf_ext.pipelines.evaluation_policy import (
+    PolicySettings,
+    Reference,
+    Scorer,
+    build_judge,
+    check_policy,
+    evaluate_policy,
+    wins_by_judge,
+    wins_by_score,
+)
+from rlhf_ext.pipelines.evaluation_report import write_policy_report, write_reward_report
+
+
+def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
+    """Reward models on preference rows; returns the Markdown."""
+    dataset = load_evaluation_rows(args)
+    results = []
+    for name, path in names_of(args.reward_model_path).items():
+        model, tokenizer = load_reward(path, device=device, dtype="auto", trust_remote_code=args.trust_remote_code)
+        result = evaluate_reward_model(
+            ModelReward(model, tokenizer, tokenizer, name=name, batch_size=args.batch_size),
+            dataset,
+            source_column=args.source_column,
+            source_map=parse_source_map(args.source_map),
+            as_messages=args.as_messages,
+            max_length=args.max_length,
+            num_bins=args.num_bins,
+            progress=name,
+        )
+        results.append(result)
+    return write_reward_report(args.output_dir, results, dataclasses.asdict(args))
+
+
+def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
+    """Policies on prompts; returns the Markdown."""
+    dataset = unique_prompts(load_evaluation_rows(args))
+    paths = names_of(args.policy_model_path)
+    if args.baseline_model_path:  # it may be one of the policies
+        paths |= {f"baseline {name}": path for name, path in names_of([args.baseline_model_path]).items()}
+    # Whatever can fail does so before the first answer.
+    tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
+    load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
+    scorers = [Scorer(name, *load_reward(path, **load)) for name, path in names_of(args.reward_model_path).items()]
+    scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
+    reference = judge = encoder = nli = None
+    if args.reference_model_path:
+        path = args.reference_model_path
+        reference = Reference(load_language_model(path, args, device), load_tokenizer(path, args))
+    if args.judge_model_path:
+        judge = build_judge(
+            load_language_model(args.judge_model_path, args, device),
+            load_tokenizer(args.judge_model_path, args),
+            question=args.judge_question,
+            template=Path(args.judge_template).read_text(encoding="utf-8") if args.judge_template else None,
+            labels=args.judge_labels,
+            batch_size=args.batch_size,
+        )
+    if args.embedding_model_path:
+        encoder = load_encoder(args.embedding_model_path, device=device)
+    if args.nli_model_path:
+        nli = load_nli(args.nli_model_path, device=device, trust_remote_code=args.trust_remote_code)
+    names = ("num_samples", "max_completion_length", "temperature", "batch_size", "seed", "insult_words")
+    settings = PolicySettings(**{name: getattr(args, name) for name in names}, encoder=encoder, nli=nli)
+
+    columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
+    found = []
+    for name, path in paths.items():
+        model, tokenizer = load_language_model(path, args, device), tokenizers[name]
+        check_policy(model, tokenizer, dataset, args.max_completion_length)
+        evaluation = evaluate_policy(
+            name,
+            model,
+            tokenizer,
+            dataset["prompt"][:],
+            scorers,
+            settings,
+            reference=reference,
+            columns=columns,
+            progress=True,
+        )
+        found.append(evaluation)
+        del model  # one policy at a time
+    policies, baseline = (found[:-1], found[-1]) if args.baseline_model_path else (found, None)
+    wins = {policy.name: wins_by_score(policy, baseline) for policy in policies} if baseline else {}
+    if judge is not None:
+        for policy in policies:
+            wins[policy.name]["judge"] = wins_by_judge(judge, policy, baseline, progress=f"{policy.name}: judge")
+    return write_policy_report(args.output_dir, policies, baseline, wins, dataclasses.asdict(args), args.num_shown)
+
+
+def load_tokenizer(path: str, args: EvaluationArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model."""
+    check_model_name(path, "model path")
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+
+
+def load_language_model(path: str, args: EvaluationArguments, device: torch.device) -> torch.nn.Module:
+    """A causal language model, full or an adapter; an adapter's base is quantised as it was in training."""
+    options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
+    if args.load_in_4bit and not options:
+        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+    model = load_policy(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code, **options)
+    model = model.requires_grad_(False).eval()
+    return model if model.device == device else model.to(device)
+
+
+def names_of(paths: list[str] | None) -> dict[str, str]:
+    """Short names of paths: their last part, or all of it where that stands for two."""
+    paths = paths or []
+    if doubles := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"{doubles} stand twice in one list of models. Name each once.")
+    short = [Path(path).name for path in paths]
+    return {name if short.count(name) == 1 else path: path for name, path in zip(short, paths, strict=True)}
 
 
 def main(args: EvaluationArguments) -> None:
-    functions = {name: import_function(name) for name in args.reward_funcs or []}
-    if PartialState().is_main_process:  # one process does it all; others of a launch have nothing to do
-        run_evaluation(args, functions)
-        print((Path(args.output_dir) / "evaluation.md").read_text(encoding="utf-8"), flush=True)
+    state = PartialState(cpu=args.use_cpu)
+    if state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes were started; the evaluation runs in one (--num_processes 1)."
+        )
+    judge = judge_policies if args.policy_model_path else judge_preferences
+    print(judge(args, state.device), flush=True)
+    print(f"Written to {args.output_dir}: evaluation.json, evaluation.md, report.html", flush=True)
 
 
 if __name__ == "__main__":
-    (arguments,) = TrlParser((EvaluationArguments,)).parse_args_and_config()
-    main(arguments)
+    main(*TrlParser((EvaluationArguments,)).parse_args_and_config())

@@ -29,7 +29,8 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.data.arguments import PromptArguments as ScriptArguments
-from rlhf_ext.data.arguments import import_function, load_splits
+from rlhf_ext.data.arguments import load_splits
+from rlhf_ext.data.functions import import_function
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts

@@ -56,6 +56,26 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["none", "ddp", "zero2", "zero3", "fsdp2"],
         help="how the processes share what they hold (default: none)",
     )
+    label = commands.add_parser(
+        "label",
+        help="the page on which people compare answers",
+        description="Serve the labelling page over a label store. Other addresses than this machine's need --users.",
+    )
+    label.add_argument("--store", required=True, help="file or URL of the label store (docs/labels.md)")
+    label.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    label.add_argument("--port", type=int, default=7860, help="port; 0 takes a free one (default: %(default)s)")
+    label.add_argument("--pool", help="label this pool only (default: all)")
+    label.add_argument("--guidelines", help="text file that annotators are shown")
+    label.add_argument("--users", help="file of accounts, made by label-user")
+    label.add_argument("--hostname", help="name by which a proxy in front calls the page")
+    label.add_argument("--https", action="store_true", help="a proxy in front speaks HTTPS")
+    user = commands.add_parser(
+        "label-user",
+        help="add an annotator's account, or change its password",
+        description="Ask for a password and store its hash in a file that only its owner can read.",
+    )
+    user.add_argument("--users", required=True, help="file of accounts")
+    user.add_argument("--name", required=True, help="the annotator's name")
     return parser
 
 
@@ -64,7 +84,31 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    return {"quickstart": _quickstart, "merge": _merge, "env": _env}[args.command](args)
+    commands = {"quickstart": _quickstart, "merge": _merge, "env": _env, "label": _label, "label-user": _label_user}
+    return commands[args.command](args)
+
+
+def _label(args: argparse.Namespace) -> int:
+    from .feedback.page.server import serve
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "store")}
+    try:
+        serve(args.store, **options)
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext label: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _label_user(args: argparse.Namespace) -> int:
+    from .feedback.page.server import set_user
+
+    try:
+        set_user(args.users, args.name)
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext label-user: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _env(args: argparse.Namespace) -> int:

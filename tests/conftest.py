@@ -3,6 +3,9 @@
 import os
 
 
+# Outside of this file CI=true means a machine where nothing may be left out; a worker has it from the first process.
+os.environ.setdefault("RLHF_EXT_IN_CI", str(os.environ.get("CI") == "true"))
+
 # Read at import time by torch, the hub client and TRL (which otherwise reports its use from a trainer's `__init__`).
 os.environ.update(
     HF_HUB_OFFLINE="1",

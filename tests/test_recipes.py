@@ -122,25 +122,57 @@ def test_ppo_recipe(world, tmp_path):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
-def test_evaluate_recipe(world, tmp_path):
-    """RewardBench's columns; the policy's side runs in tests/pipelines/test_evaluation.py."""
+def evaluated(output: Path, *flags: str, cwd: Path | None = None) -> tuple[dict, str]:
+    """`evaluation.json` and what was printed."""
+    line = [sys.executable, "-m", "accelerate.commands.launch"]
+    line += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / "evaluate.py")]
+    line += ["--config", str(ROOT / "recipes" / "evaluate_tiny.yaml"), *flags, "--output_dir", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    process = subprocess.run(line, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    assert "100%" in process.stderr  # the progress bar
+    for name in ("evaluation.md", "report.html"):
+        assert (output / name).stat().st_size > 500
+    return json.loads((output / "evaluation.json").read_text()), process.stdout
+
+
+def test_evaluate_recipe_on_rewardbench_columns(world, tmp_path):
     pairs = [json.loads(line) for line in (world / "reward.jsonl").read_text().splitlines()]
-    bench = [
-        {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1], "id": n}
-        | {"subset": "refusals-dangerous" if n % 2 else "alpacaeval-easy"}
-        for n, row in enumerate(pairs)
+    rows = [
+        {"id": i, "subset": ("hep-go", "donotanswer")[i % 2], "prompt": row["prompt"]}
+        | {"chosen": row["completions"][0], "rejected": row["completions"][1], "chosen_model": "a"}
+        for i, row in enumerate(pairs)
     ]
-    (tmp_path / "bench.jsonl").write_text("\n".join(json.dumps(row) for row in bench))
-    line = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "--config"]
-    line += [str(ROOT / "recipes" / "evaluate_tiny.yaml"), "--reward_model_path", f"{world}/reward"]
-    line += ["--dataset_name", f"{tmp_path}/bench.jsonl", "--output_dir", f"{tmp_path}/out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-6000:]
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert found["pairs"] == len(bench) and found["three_h"].keys() == {"helpful", "harmless"}
-    assert f"{found['all']['accuracy']:.3f}" in process.stdout
-    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--reward_model_path", f"{world}/reward", "--dataset_name", f"{tmp_path}/bench.jsonl"]
+    found, printed = evaluated(tmp_path / "out", *flags, "--source_map", "donotanswer=harmless")
+    (result,) = found["reward_models"]
+    assert result["sources"]["hep-go"]["pairs"] + result["sources"]["donotanswer"]["pairs"] == len(rows)
+    assert result["three_h"]["harmless"] == result["sources"]["donotanswer"] and result["unmapped"] == ["hep-go"]
+    assert 0 <= result["calibration"]["ece"] <= 1
+    assert (tmp_path / "out" / "evaluation.md").read_text() in printed
+
+
+def test_evaluate_recipe_on_a_policy(world, tmp_path):
+    (tmp_path / "own_scores.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [-len(text.split()) / 10 for text in completions]\n"
+    )
+    flags = ["--policy_model_path", f"{world}/policy", "--baseline_model_path", f"{world}/policy"]
+    flags += ["--reference_model_path", f"{world}/policy", "--judge_model_path", f"{world}/policy"]
+    template = tmp_path / "template.txt"
+    template.write_text("{prompt} {first} , {second} the")
+    flags += ["--judge_template", str(template), "--judge_labels", "red", "blue"]
+    flags += ["--reward_model_path", f"{world}/reward", "--reward_funcs", "own_scores:brevity"]
+    flags += ["--insult_words", "fool", "idiot", "moron"]
+    found, printed = evaluated(tmp_path / "out", *flags, "--dataset_name", f"{world}/ppo.jsonl", cwd=tmp_path)
+    (name,) = found["policies"]
+    metrics = found["policies"][name]
+    assert abs(metrics["kl"]) < 1e-4 and metrics["perplexity"] > 1
+    assert {"score/reward", "score/brevity", "eos_rate", "per_input_ead", "across_input_ead"} <= metrics.keys()
+    # The policy is its own baseline, sampled with the same seed.
+    assert found["wins"][name]["brevity"]["win_rate"] == 0.5
+    assert found["wins"][name]["judge"]["win_rate"] == pytest.approx(0.5, abs=1e-6)
+    assert f"| {name} | judge |" in printed
 
 
 @pytest.mark.slow

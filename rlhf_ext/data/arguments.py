@@ -1,9 +1,5 @@
 """The flags by which every recipe names its data, and the splits they stand for."""
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset
@@ -165,20 +161,6 @@ class PromptArguments(DataArguments):
             )
 
 
-def import_function(name: str) -> Callable:
-    """The function that `module:function` names; the working directory is on the path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`reward_funcs` names {name!r}: {error}. Write it as `module:function`.") from error
-
-
 def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tuple[Dataset, Dataset | None]:
     """
     Load what `arguments` name.
@@ -194,13 +176,13 @@ def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tup
     Returns:
         `tuple[Dataset, Dataset | None]`: train rows, and evaluation rows if there are any.
     """
-    train = select_rows(arguments, arguments.dataset_train_split)
+    train = _select(arguments, arguments.dataset_train_split)
     if arguments.eval_fraction:
         return holdout_by_prompt(train, arguments.eval_fraction, seed)
-    return train, select_rows(arguments, arguments.dataset_test_split) if wants_eval else None
+    return train, _select(arguments, arguments.dataset_test_split) if wants_eval else None
 
 
-def select_rows(arguments: DataArguments, split: str) -> Dataset:
+def _select(arguments: DataArguments, split: str) -> Dataset:
     """The rows of one split that the flags ask for.
 
     Raises:

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .loading import common_prefix_length
-from .preferences import PreferenceReport, is_truncated
+from .preferences import TARGET_TOLERANCE, PreferenceReport, is_truncated
 
 
 CANDIDATE_COLUMNS = ("candidate_ids", "completion_starts", "target", "ranking", "row", "margin")
@@ -39,6 +39,39 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
             options = {"continue_final_message": True} if cut else {}
             candidate_ids.append(_template_ids(processing_class, messages, row, **options))
     return locate_completions({**row, "candidate_ids": candidate_ids}, processing_class)
+
+
+def check_candidate_ids(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """
+    Check a row that holds token ids already; gives it `longest`, and `row` and `ranking` where they are missing.
+
+    Raises:
+        ValueError: no two candidates, a start outside its ids, or a label that does not fit, naming the row.
+    """
+    ids, starts = row["candidate_ids"], row.get("completion_starts")
+    if len(ids) < 2 or starts is None or len(starts) != len(ids):
+        raise ValueError(
+            f"Row {index} has {len(ids)} `candidate_ids` and `completion_starts` {starts}. Give two candidates or "
+            "more, and for each the place where its completion begins."
+        )
+    wrong = [place for place, start in enumerate(starts) if not 0 <= start < len(ids[place])]
+    if wrong:
+        raise ValueError(
+            f"Row {index}: `completion_starts` {starts} leave no token of candidates {wrong}, whose lengths are "
+            f"{[len(ids[place]) for place in wrong]}. A start is a place from 0 to below the length."
+        )
+    target, ranking = row.get("target"), row.get("ranking")
+    fits = (
+        len(target) == len(ids) and abs(sum(target) - 1.0) <= TARGET_TOLERANCE
+        if ranking is None and target is not None
+        else ranking is not None and sorted(ranking) == list(range(len(ids)))
+    )
+    if not fits:
+        raise ValueError(
+            f"Row {index} has `target` {target} and `ranking` {ranking} for {len(ids)} candidates. Give one of them: "
+            "numbers that sum to 1, or all places, best first."
+        )
+    return {"longest": max(map(len, ids)), "row": row.get("row", index), "target": target, "ranking": ranking}
 
 
 def end_at_closer(ids: list[int], start: int, processing_class: PreTrainedTokenizerBase) -> list[int]:

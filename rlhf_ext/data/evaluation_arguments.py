@@ -1,105 +1,155 @@
-"""The flags of the evaluation recipe."""
+"""The flags of `recipes/evaluate.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .arguments import DataArguments
+from datasets import Dataset
+
+from .arguments import DataArguments, load_splits
+from .evaluation_rows import parse_source_map
+
+
+LISTS = ("reward_model_path", "reward_funcs", "policy_model_path", "source_map", "insult_words")
 
 
 @dataclass
 class EvaluationArguments(DataArguments):
     """
-    What is evaluated: a reward model on preferences, or a policy on prompts.
+    What is evaluated, on which rows, and by what.
+
+    With `policy_model_path` a policy is sampled on prompts; without, reward models judge preference rows. Rows come
+    from `dataset_test_split`, or, with `eval_fraction`, are the share of `dataset_train_split` that training with the
+    same `eval_fraction` and `data_seed` held out.
 
     Parameters:
         output_dir (`str`):
-            Where `evaluation.json`, `evaluation.md` and `report.html` go.
+            Where `evaluation.json`, `evaluation.md` and `report.html` are written.
         reward_model_path (`list[str]`, *optional*):
-            Reward models, adapters or ensembles. Alone, the first is evaluated on preferences; with
-            `policy_model_path` each scores the samples.
-        policy_model_path (`str`, *optional*):
-            The policy, a full model or an adapter.
-        baseline_model_path (`str`, *optional*):
-            Policy to compare with on the same prompts.
-        reference_model_path (`str`, *optional*):
-            Reference of KL and perplexity.
+            Folders or Hub ids of reward models, full or adapters.
         reward_funcs (`list[str]`, *optional*):
-            Python rewards as `module:function`.
-        judge_model_path (`str`, *optional*), constitution (`str`, *optional*):
-            Causal language model that is asked which answer is better, in both orders, and the YAML of the principles
-            it is asked under.
-        source_column (`str`, *optional*):
-            Column that names where a row comes from; by default the first there is of `source`, `subset`, `category`.
-        three_h (`list[str]`, *optional*):
-            `name=part`: rows whose source contains `part` count for `helpful`, `honest`, `harmless` or `traps`,
-            besides those known (see docs/measures.md).
-        num_samples (`int`, *optional*, defaults to 4), max_new_tokens (`int`, *optional*, defaults to 64), temperature
-            (`float`, *optional*, defaults to 1.0):
-            Samples per prompt, and how they are drawn.
-        encoder (`str`, *optional*):
-            Folder or name of a sentence-transformers model for the diversity of meaning.
-        insult_words (`list[str]`, *optional*):
-            Words that count as insults; a short English list by default.
-        batch_size (`int`, *optional*, defaults to 16), seed (`int`, *optional*, defaults to 0), dtype (`str`,
-            *optional*, defaults to `"float32"`), trust_remote_code (`bool`, *optional*, defaults to `False`).
+            Python scores of a policy's answers as `module:function`.
+        policy_model_path (`list[str]`, *optional*):
+            Folders or Hub ids of policies, full or adapters; several, such as checkpoints, give a frontier.
+        baseline_model_path, reference_model_path, judge_model_path (`str`, *optional*):
+            What the policy is compared with, what its KL and perplexity are measured by, and who compares.
     """
 
-    output_dir: str = field(default="", metadata={"help": "Folder of evaluation.json, evaluation.md, report.html."})
+    dataset_test_split: str = field(
+        default="train", metadata={"help": "Split to evaluate on; a single file is all `train`."}
+    )
+    output_dir: str = field(default="", metadata={"help": "Folder of the results."})
     reward_model_path: list[str] | None = field(
-        default=None, metadata={"help": "Reward models, adapters or ensembles: evaluated, or scoring the policy."}
+        default=None, metadata={"help": "Folders or Hub ids of reward models, full or adapters."}
     )
-    policy_model_path: str | None = field(default=None, metadata={"help": "Policy, a full model or an adapter."})
-    baseline_model_path: str | None = field(
-        default=None, metadata={"help": "Policy to compare with on the same prompts."}
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Python scores of a policy's answers, as `module:function`."}
     )
-    reference_model_path: str | None = field(default=None, metadata={"help": "Reference of KL and perplexity."})
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "Python rewards as `module:function`."})
+    policy_model_path: list[str] | None = field(
+        default=None, metadata={"help": "Folders or Hub ids of policies, full or adapters, to sample from."}
+    )
+    baseline_model_path: str | None = field(default=None, metadata={"help": "Policy to win against."})
+    reference_model_path: str | None = field(
+        default=None, metadata={"help": "Model that KL and perplexity are measured by, with the policy's tokenizer."}
+    )
     judge_model_path: str | None = field(
-        default=None, metadata={"help": "Causal language model asked which answer is better, in both orders."}
+        default=None, metadata={"help": "Causal language model that is asked which answer is better, in both orders."}
     )
-    constitution: str | None = field(default=None, metadata={"help": "YAML of the principles the judge asks under."})
+    judge_question: str = field(
+        default="Which answer is more helpful, honest and harmless?", metadata={"help": "What the judge is asked."}
+    )
+    judge_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with a format string over `prompt`, `question`, `first`, `second`, in the place of the "
+            "judge's own form."
+        },
+    )
+    judge_labels: list[str] | None = field(
+        default=None, metadata={"help": "The two answers whose log-probabilities are compared; by default (A), (B)."}
+    )
     source_column: str | None = field(
-        default=None, metadata={"help": "Column of a row's source; else `source`, `subset` or `category`."}
+        default=None, metadata={"help": "Column of sources; by default `source`, `subset` or `category`."}
     )
-    three_h: list[str] | None = field(
-        default=None, metadata={"help": "`name=part`: sources with `part` count for helpful, honest, harmless, traps."}
+    source_map: list[str] | None = field(
+        default=None,
+        metadata={"help": "`part_of_a_name=helpful` (or honest, harmless, trap), before the sources known by name."},
     )
-    num_samples: int = field(default=4, metadata={"help": "Samples per prompt."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest sample, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the samples; 0 is greedy."})
-    encoder: str | None = field(
-        default=None, metadata={"help": "sentence-transformers model for the diversity of meaning."}
+    as_messages: bool = field(
+        default=False, metadata={"help": "Make turns of text prompts and completions, for models that read chats."}
     )
-    insult_words: list[str] | None = field(default=None, metadata={"help": "Words that count as insults."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Leave out preference rows with a longer candidate, in tokens; counted."}
+    )
+    num_bins: int = field(default=10, metadata={"help": "Bins of the calibration error."})
+    num_samples: int = field(default=4, metadata={"help": "Answers to each prompt; 2 or more for diversity."})
+    max_completion_length: int = field(default=128, metadata={"help": "Most tokens of an answer."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy, and has no KL."})
+    embedding_model_path: str | None = field(
+        default=None, metadata={"help": "sentence-transformers model for the diversity of embeddings."}
+    )
+    nli_model_path: str | None = field(
+        default=None, metadata={"help": "Natural-language-inference classifier for the diversity of meaning."}
+    )
+    insult_words: list[str] | None = field(
+        default=None, metadata={"help": "Words that count as insults; a short English list by default."}
+    )
+    num_shown: int = field(default=20, metadata={"help": "Samples in the report."})
     batch_size: int = field(default=16, metadata={"help": "Rows per forward."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples and of the judge's principles."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of policies, reference and judge."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether checkpoints may run their own code."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of language models: float32, bfloat16, float16 or auto. Rewards: auto."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "NF4 for language models, such as the reference of a policy trained on a 4-bit base."},
+    )
+    seed: int = field(default=42, metadata={"help": "Of sampling."})
+    data_seed: int = field(default=0, metadata={"help": "Salt of the hash of `eval_fraction`, as in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether a checkpoint may run code of its own."})
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("reward_model_path", "reward_funcs", "three_h", "insult_words"):
+        for name in LISTS:
             if isinstance(getattr(self, name), str):  # a single name in a YAML
                 setattr(self, name, [getattr(self, name)])
+        if self.judge_labels is not None and len(self.judge_labels) != 2:
+            raise ValueError(f"`judge_labels` is {self.judge_labels}; give two, for the first and the second answer.")
         if not self.output_dir:
-            raise ValueError("`output_dir` is empty; give the folder of the report.")
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            raise ValueError("`output_dir` is empty; name the folder of the results.")
+        parse_source_map(self.source_map)
+        for name in ("num_samples", "max_completion_length", "num_bins", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give 1 or more.")
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least 1.")
         if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; give 0 (greedy) or more.")
-        if self.policy_model_path is None:
-            if not self.reward_model_path:
-                raise ValueError("Nothing to evaluate: give `reward_model_path`, or `policy_model_path`.")
-            if len(self.reward_model_path) > 1:
-                raise ValueError(f"`reward_model_path` is {self.reward_model_path}; on preferences give one.")
-            idle = ("baseline_model_path", "reference_model_path", "reward_funcs", "judge_model_path", "encoder")
-            given = [name for name in idle if getattr(self, name)]
-            if given:
-                raise ValueError(f"{given} read a policy's samples, but `policy_model_path` is empty. Leave them out.")
-        else:
+            raise ValueError(f"`temperature` is {self.temperature}; it is 0 (greedy) or more.")
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise ValueError(f"`dtype` is {self.dtype!r}; choose float32, bfloat16, float16 or auto.")
+        self._check_mode()
+
+    def _check_mode(self):
+        of_policy = ("baseline_model_path", "reference_model_path", "judge_model_path", "reward_funcs")
+        of_policy += ("embedding_model_path", "nli_model_path", "insult_words", "judge_template", "judge_labels")
+        if self.policy_model_path:
+            unread = [name for name in ("source_column", "source_map", "max_length") if getattr(self, name)]
+            if unread or self.as_messages:
+                raise ValueError(
+                    f"{unread or ['as_messages']} are read with preference rows only, but `policy_model_path` is "
+                    "given, which samples answers to prompts. Leave them out."
+                )
             if self.judge_model_path and not self.baseline_model_path:
-                raise ValueError("`judge_model_path` compares two policies; give `baseline_model_path` too.")
-            if self.three_h or self.source_column:
-                raise ValueError("`three_h` and `source_column` belong to preferences. Leave them out for a policy.")
-        if self.constitution and not self.judge_model_path:
-            raise ValueError("`constitution` is read by a judge, but `judge_model_path` is empty.")
+                raise ValueError("`judge_model_path` compares two policies: give `baseline_model_path` too.")
+            return
+        if not self.reward_model_path:
+            raise ValueError(
+                "Nothing to evaluate: give `reward_model_path` for preferences, or `policy_model_path` for prompts."
+            )
+        given = [name for name in of_policy if getattr(self, name)]
+        if given:
+            raise ValueError(f"{given} belong to a policy, but there is no `policy_model_path`. Give one.")
+
+
+def load_evaluation_rows(arguments: EvaluationArguments) -> Dataset:
+    """The rows that `arguments` name: the held-out share of the train split, or the whole evaluation split."""
+    if arguments.eval_fraction:
+        return load_splits(arguments, wants_eval=False, seed=arguments.data_seed)[1]
+    arguments = replace(arguments, dataset_train_split=arguments.dataset_test_split)
+    return load_splits(arguments, wants_eval=False, seed=0)[0]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..functional.ai_feedback import clamp_label, judge_probabilities, position_bias, swap_average
-from ..models.generation import sample_completions
+from ..models.generation import end_token_ids, sample_completions
 from ..models.positions import positions_from_mask
 from .constitution import Principle
 
@@ -177,6 +177,7 @@ class AIJudge:
         if self.clamp is not None:
             each = clamp_label(each, low=self.clamp[0], high=self.clamp[1])
         sides = torch.sign(first_as_a - 0.5) * torch.sign(0.5 - second_as_a)
+        sides = torch.where((first_as_a == 0.5) & (second_as_a == 0.5), 1.0, sides)  # undecided in both agrees
         size = 2 * self.principles_per_pair
         return Verdicts(
             targets=each.mean(dim=1).tolist(),
@@ -222,6 +223,7 @@ class AIJudge:
             temperature=0.0,
             batch_size=self.batch_size,
             progress=progress,
+            eos_token_ids=end_token_ids(self.model, self.tokenizer),
         ).texts
         # A thought that goes on to choose, or starts another document, is read up to there.
         thoughts = [thought.split(CHOICE)[0].split("\n\n")[0] for thought in thoughts]

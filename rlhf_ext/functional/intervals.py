@@ -5,14 +5,14 @@ import math
 from . import _checks as checks
 
 
-def wilson_interval(successes: float, trials: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
     r"""Interval of a share (Wilson 1927): \((p + z^2 / 2n \pm z \sqrt{p (1 - p) / n + z^2 / 4n^2}) / (1 + z^2 / n)\).
 
     Unlike p +- z sqrt(p (1 - p) / n) it stays within 0 and 1 and has a width where all rows agree.
 
     Args:
         successes (`float`): How many of the trials, from 0 to `trials`; a tie counts one half.
-        trials (`int`): At least 1, independent of each other.
+        trials (`float`): At least 1, independent of each other; an effective number where rows are not.
         z (`float`, *optional*): Quantile of the normal distribution; the default gives 95%.
 
     Raises:

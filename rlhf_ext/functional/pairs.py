@@ -4,10 +4,12 @@ Shapes: N pairs; column 0 is the first completion. A target is P(first is better
 """
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from . import _checks as checks
+from .clusters import grouped_interval
 from .intervals import wilson_interval
 
 
@@ -32,8 +34,17 @@ def pair_credits(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (1 + asked * given) / 2
 
 
-def preference_accuracy(scores: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def preference_accuracy(
+    scores: torch.Tensor, targets: torch.Tensor, groups: Sequence[Hashable] | None = None
+) -> dict[str, float]:
     """Mean credit of pairs ([`pair_credits`]) with its 95% Wilson interval, where one half counts as half a success.
+
+    Args:
+        scores, targets (`torch.Tensor`):
+            As for [`pair_credits`].
+        groups (`Sequence[Hashable]`, *optional*):
+            The prompt of each pair. Several pairs of one prompt say less than as many prompts, and the interval is
+            wider for it ([`~rlhf_ext.functional.clusters.grouped_interval`]).
 
     Returns:
         `dict[str, float]`: `accuracy`, `low`, `high`, and `pairs`, their number; NaN for no pair.
@@ -45,7 +56,11 @@ def preference_accuracy(scores: torch.Tensor, targets: torch.Tensor) -> dict[str
     count = len(credits)
     if count == 0:
         return {"accuracy": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
-    low, high = wilson_interval(credits.sum().item(), count)
+    low, high = (
+        wilson_interval(credits.sum().item(), count)
+        if groups is None
+        else grouped_interval(credits.tolist(), list(groups))
+    )
     return {"accuracy": credits.mean().item(), "low": low, "high": high, "pairs": count}
 
 
@@ -94,16 +109,19 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins:
         probabilities (`torch.Tensor` of shape `(N,)`): predicted P(first is better), for a reward model
             sigmoid(score of the first - score of the second).
         targets (`torch.Tensor` of shape `(N,)`): P(first is better), soft labels allowed.
-        num_bins (`int`): bins from 0 to 1.
+        num_bins (`int`): bins from 0 to 1, an even number: a bin around one half would hold both entries of a pair,
+            which always average to one half.
 
     Returns:
         `dict`: `ece`; `bins`, a list of `{low, high, count, predicted, observed}` of the bins that are not empty, over
         both entries of each pair.
 
     Raises:
-        ValueError: If shapes differ, a value is outside [0, 1], there is no pair, or `num_bins` is below 1.
+        ValueError: If shapes differ, a value is outside [0, 1], there is no pair, or `num_bins` is odd.
     """
-    checks.check_scalar("num_bins", num_bins, minimum=1)
+    checks.check_scalar("num_bins", num_bins, minimum=2)
+    if num_bins % 2:
+        raise ValueError(f"`num_bins` is {num_bins}; give an even number: a middle bin hides what is in it.")
     checks.check_tensor("probabilities", probabilities)
     checks.check_tensor("targets", targets, probabilities.shape)
     _check_unit("probabilities", probabilities)
@@ -112,7 +130,9 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins:
         raise ValueError("`probabilities` is empty: give at least one pair.")
     p, t = probabilities.double(), targets.double()
     p, t = torch.cat([p, 1 - p]), torch.cat([t, 1 - t])
-    place = (p * num_bins).long().clamp(max=num_bins - 1)
+    # By the larger of p and 1 - p, so that a pair falls into the same two bins whichever way round it came.
+    upper = (torch.maximum(p, 1 - p) * num_bins).long().clamp(max=num_bins - 1)
+    place = torch.where(p >= 0.5, upper, num_bins - 1 - upper)
     bins, ece = [], 0.0
     for index in range(num_bins):
         inside = place == index
@@ -133,13 +153,12 @@ def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins:
     return {"ece": ece, "bins": bins}
 
 
-def win_rate(
-    wins: torch.Tensor, *, swapped: torch.Tensor | None = None, z: float = 1.959963984540054
-) -> dict[str, float]:
+def win_rate(wins: torch.Tensor, *, swapped: torch.Tensor | None = None) -> dict[str, float]:
     """How often a policy is preferred to a baseline on the same prompts, ties one half.
 
-    The interval is mean +- z sd / sqrt(N) over prompts, cut to [0, 1]: a prompt's credit is one of many values where
-    two orders are averaged, so that no count of successes exists.
+    The interval is Wilson's at 95% over prompts ([`~rlhf_ext.functional.clusters.grouped_interval`], every prompt a
+    group of its own): mean +- 1.96 standard errors has no width where a few prompts agree. Credits between 0 and 1
+    make it wider than it need be, never too narrow.
 
     Args:
         wins (`torch.Tensor` of shape `(N,)`): credit of the policy per prompt: 1, 0, 0.5 for a tie, or a probability.
@@ -148,8 +167,8 @@ def win_rate(
 
     Returns:
         `dict[str, float]`: `win_rate`, `low`, `high`, `prompts`; with `swapped` also `disagreement`, the share of
-        prompts whose winner depends on the order (a tie in one order counts one half), and `position_bias`, how much
-        the first place gains: mean(wins) - mean(swapped), halved.
+        prompts whose winner depends on the order (a tie in one order alone counts one half), and `position_bias`, how
+        much the first place gains: mean(wins) - mean(swapped), halved.
 
     Raises:
         ValueError: If there is no prompt, shapes differ or a credit is outside [0, 1].
@@ -164,16 +183,15 @@ def win_rate(
         checks.check_tensor("swapped", swapped, wins.shape)
         _check_unit("swapped", swapped)
         other = swapped.double()
-        sides = torch.sign(credits - 0.5) * torch.sign(other - 0.5)
+        change = (torch.sign(credits - 0.5) - torch.sign(other - 0.5)).abs() / 2
         extra = {
-            "disagreement": ((1 - sides) / 2).mean().item(),
+            "disagreement": change.mean().item(),
             "position_bias": ((credits - other) / 2).mean().item(),
         }
         credits = (credits + other) / 2
     mean = credits.mean().item()
-    half = z * (credits.var(unbiased=True).item() / len(credits)) ** 0.5 if len(credits) > 1 else math.inf
-    interval = {"low": max(0.0, mean - half), "high": min(1.0, mean + half)}
-    return {"win_rate": mean, **interval, "prompts": len(credits), **extra}
+    low, high = grouped_interval(credits.tolist(), range(len(credits)))
+    return {"win_rate": mean, "low": low, "high": high, "prompts": len(credits), **extra}
 
 
 def paired_wins(scores: torch.Tensor, baseline_scores: torch.Tensor) -> torch.Tensor:

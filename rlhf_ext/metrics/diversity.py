@@ -12,14 +12,15 @@ from rlhf_ext.functional.diversity import (
     nli_diversity,
     per_input,
 )
+from rlhf_ext.models.sentence_encoder import load_encoder
 
 
 _DESCRIPTION = """\
 Per input: mean over prompts of the diversity of a prompt's samples. Across inputs: diversity of the first samples
 of all prompts. Measured by EAD (expectation-adjusted distinct n-grams, mean over n = 1..5) and distinct-1 and -2;
-with an encoder also by 1 - mean cosine of sentence embeddings, with an NLI model by mean(contradiction -
-entailment) over both directions, from -2 to 2. Higher is more diverse throughout. Compare policies at one
-temperature and one number of samples only."""
+with an encoder also by 1 - mean cosine of sentence embeddings, with an NLI model by the mean over pairs of the sum
+over both directions of the likeliest label, + for a contradiction, - for an entailment, from -2 to 2. Higher is
+more diverse throughout. Compare policies at one temperature and one number of samples only."""
 
 _CITATION = """\
 @inproceedings{kirk2024understanding,
@@ -31,7 +32,8 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions (`list` of `list` of `str`): samples of each prompt, two or more.
+    predictions (`list` of `list` of `str`): samples of each prompt, two or more; with one sample of each there is
+        nothing per input, with one prompt nothing across.
     encoder (`Callable` or `str`, *optional*): gives one vector per text of a list; or the folder or name of a
         sentence-transformers model (extra `diversity`).
     nli (`Callable`, *optional*): takes a list of pairs of texts (premise, hypothesis) and gives for each the label
@@ -63,27 +65,20 @@ class Diversity(evaluate.Metric):
             "distinct_2": lambda texts: distinct_n(texts, n=2),
         }
         if encoder is not None:
-            encode = _load_encoder(encoder) if isinstance(encoder, str) else encoder
+            encode = load_encoder(encoder) if isinstance(encoder, str) else encoder
             measures["embedding"] = lambda texts: embedding_diversity(torch.as_tensor(encode(list(texts))))
         if nli is not None:
             measures["nli"] = lambda texts: nli_diversity(_both_directions(nli, texts))
+        has_several = any(len(texts) > 1 for texts in predictions)
+        if len(predictions) < 2 and not has_several:
+            raise ValueError("`predictions` has 1 prompt with 1 sample: diversity takes two texts or more.")
         found = {}
         for name, measure in measures.items():
-            found[f"per_input_{name}"], found[f"per_input_{name}_std"] = per_input(predictions, measure)
-            found[f"across_input_{name}"] = across_inputs(predictions, measure)
+            if has_several:
+                found[f"per_input_{name}"], found[f"per_input_{name}_std"] = per_input(predictions, measure)
+            if len(predictions) > 1:
+                found[f"across_input_{name}"] = across_inputs(predictions, measure)
         return found
-
-
-def _load_encoder(name):
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            f"`encoder` is {name!r}, a sentence-transformers model, but that package is missing. Install "
-            '"rlhf_ext[diversity]", or pass a function that gives vectors.'
-        ) from error
-    model = SentenceTransformer(name, trust_remote_code=False)
-    return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
 
 def _both_directions(nli, texts):

@@ -25,6 +25,8 @@ Args:
     predictions (`list` of pairs of `float`): scores of both completions of each pair.
     references (`list` of `float`): P(first is better): 1, 0, 0.5 for a tie, or a vote.
     sources (`list` of `str`, *optional*): where each pair comes from.
+    prompts (`list` of `str`, *optional*): prompt of each pair; pairs of one prompt are not independent, and the
+        intervals are wider for it.
     lengths (`list` of pairs of `int`, *optional*): length of both completions.
 Returns:
     `dict`: `accuracy`, `low`, `high`, `pairs`; `sources`, the same by name; with lengths `length_correlation`,
@@ -52,13 +54,13 @@ class PreferenceAccuracy(evaluate.Metric):
             reference_urls=["https://huggingface.co/papers/2009.01325"],
         )
 
-    def _compute(self, predictions, references, sources=None, lengths=None):
+    def _compute(self, predictions, references, sources=None, prompts=None, lengths=None):
         scores = torch.tensor(predictions, dtype=torch.float64).view(-1, 2)
         targets = torch.tensor(references, dtype=torch.float64)
-        found = preference_accuracy(scores, targets)
-        for name, given in (("sources", sources), ("lengths", lengths)):
+        for name, given in (("sources", sources), ("prompts", prompts), ("lengths", lengths)):
             if given is not None and len(given) != len(targets):
                 raise ValueError(f"`{name}` has {len(given)} entries for {len(targets)} pairs. Give one for each.")
+        found = preference_accuracy(scores, targets, prompts)
         if lengths is not None:
             sizes = torch.tensor(lengths, dtype=torch.float64).view(-1, 2)
             found |= {k: v for k, v in length_statistics(scores, sizes, targets).items() if k != "accuracy"}
@@ -66,5 +68,6 @@ class PreferenceAccuracy(evaluate.Metric):
             found["sources"] = {}
             for source in sorted(set(sources)):
                 rows = torch.tensor([name == source for name in sources])
-                found["sources"][source] = preference_accuracy(scores[rows], targets[rows])
+                own = None if prompts is None else [p for p, row in zip(prompts, rows.tolist(), strict=True) if row]
+                found["sources"][source] = preference_accuracy(scores[rows], targets[rows], own)
         return found

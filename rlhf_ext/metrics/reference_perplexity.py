@@ -48,9 +48,10 @@ class ReferencePerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, model, pad_token_id=0, batch_size=32):
-        tokens = sum(map(len, predictions))
+        # Without a prompt nothing stands before the first token, which is then not predicted.
+        tokens = sum(len(ids) - (not prompt) for ids, prompt in zip(predictions, references, strict=True) if ids)
         if tokens == 0:
-            raise ValueError("`predictions` has no token. Give at least one answer with one.")
+            raise ValueError("`predictions` has no token to predict. Give at least one answer with one.")
         samples = Samples([], [], references, predictions, [])
         logps = completion_logps(model, samples, pad_token_id=pad_token_id, batch_size=batch_size)
         nll = -logps.double().sum() / tokens

@@ -11,7 +11,7 @@ _DESCRIPTION = """\
 Mean credit of the policy over prompts: 1 where it is preferred to the baseline, 0 where the baseline is, one half
 for a tie, or a judge's probability. A judge is asked in both orders: `predictions` with the policy in the first
 place, `swapped` with it in the second; they are averaged, and how much depends on the place is reported. Interval:
-mean +- 1.96 standard errors over prompts, cut to [0, 1]."""
+Wilson's at 95% over prompts."""
 
 _CITATION = """\
 @article{zheng2023judging,

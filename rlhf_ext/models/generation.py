@@ -1,8 +1,9 @@
 """Sampling outside a trainer: batches of prompts in, completions and their log-probabilities out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Samples:
         truncated: Whether the completion was cut by length.
     """
 
-    prompts: list[str]
+    prompts: list[str] | list[list[dict[str, Any]]]
     texts: list[str]
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -51,49 +52,69 @@ class Samples:
 def sample_completions(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[str] | list[list[dict[str, Any]]],
     *,
     num_samples: int = 1,
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 256,
     progress: str | None = None,
+    eos_token_ids: Sequence[int] | None = None,
 ) -> Samples:
     """Sample `num_samples` completions of each prompt from the plain distribution at `temperature` (0: greedy).
 
     Args:
-        prompts (`list[str]`):
-            Text prompts; sample `i` of prompt `j` stands at `j * num_samples + i`.
+        prompts (`list[str]` or `list[list[dict]]`):
+            Texts, or messages, which go through the chat template; sample `i` of prompt `j` stands at
+            `j * num_samples + i`.
         progress (`str`, *optional*):
             Title of a progress bar.
+        eos_token_ids (`Sequence[int]`, *optional*):
+            Ids that end an answer; by default the tokenizer's own alone.
     """
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     samples = Samples(repeated, [], [], [], [])
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    ends = list(eos_token_ids) if eos_token_ids is not None else [tokenizer.eos_token_id]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         **sampling,
     )
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
-        batch = tokenizer(repeated[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
+        batch = _padded_prompts(tokenizer, repeated[start : start + batch_size])
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with without_generation_defaults(model):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
         for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
-            cut = tokenizer.eos_token_id not in row
-            row = row if cut else row[: row.index(tokenizer.eos_token_id) + 1]
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            row = row if end is None else row[: end + 1]
             samples.prompt_ids.append(prompt_row[keep].tolist())
             samples.completion_ids.append(row)
-            samples.truncated.append(cut)
+            samples.truncated.append(end is None)
             samples.texts.append(tokenizer.decode(row, skip_special_tokens=True))
     model.train(training)
     return samples
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's, and those of the checkpoint's own generation config."""
+    own = getattr(base_of(model).generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
+def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    # The template writes the special tokens: tokenising its text would add them once more.
+    ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tokenizer.pad({"input_ids": ids["input_ids"]}, padding=True, padding_side="left", return_tensors="pt")
 
 
 @torch.no_grad()

@@ -77,6 +77,17 @@ def normalization_of(model: nn.Module) -> tuple[float, float]:
     return getattr(_base_of(model), "score_normalization", (1.0, 0.0))
 
 
+def log_odds_of(model: nn.Module) -> tuple[float, float]:
+    """
+    What makes a model's score differences the log-odds it was trained with: a factor, and the share of random answers.
+
+    The factor is the gain of training over the gain of now: a model that was normalised afterwards scores in another
+    unit than its loss saw. With noise e, P(first) = (1 - e) sigmoid(factor x difference) + e / 2.
+    """
+    training_gain, noise = getattr(_base_of(model), "score_training", (1.0, 0.0))
+    return training_gain / normalization_of(model)[0], noise
+
+
 def has_normalization(model: nn.Module) -> bool:
     """Whether gain and bias of a reward model were set, to whatever."""
     return hasattr(_base_of(model), "score_normalization")

@@ -99,6 +99,7 @@ def load_reward_model(
     normalization = saved_normalization(path)
     if normalization is not None:
         set_normalization(model, *normalization)
+    base.score_training = (float(saved.get("training_gain", 1.0)), float(saved.get("prediction_noise", 0.0)))
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -275,11 +276,17 @@ def save_reward_config(
     aggregation: str,
     backbone_dtype: torch.dtype | None,
     normalization: tuple[float, float] = (1.0, 0.0),
+    training: tuple[float, float] = (1.0, 0.0),
 ) -> None:
-    """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain."""
+    """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain.
+
+    `training`: the gain that the loss saw, which stays when gain and bias are set anew, and the noise it allowed for.
+    """
     saved: dict[str, Any] = {"reward_aggregation": aggregation}
     if normalization != (1.0, 0.0):
         saved["score_gain"], saved["score_bias"] = normalization
+    if training != (1.0, 0.0):
+        saved["training_gain"], saved["prediction_noise"] = training
     if backbone_dtype is not None:
         saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
     with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:

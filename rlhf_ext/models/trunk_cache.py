@@ -5,11 +5,18 @@ The layers stay in place: their `forward` is set on the instance and taken off a
 attributes are untouched.
 """
 
+import hashlib
+import json
+import os
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from .base_quantization import quantization_of
 from .pooling import classifier_of
 
 
@@ -47,6 +54,12 @@ class TrunkCache:
             raise ValueError(f"`num_layers` is {num_layers} of a trunk of {depth} layers; choose 1 to {depth - 1}.")
         self._lower = list(stacks[0][:num_layers])
         self._check(base)
+        self._origin = {
+            "base": str(base.config._name_or_path),
+            "quantization": json.dumps(quantization_of(base.config), default=str, sort_keys=True),
+            "dtype": str(base.dtype),
+            "layers": str(num_layers),
+        }
         self.texts: dict[bytes, torch.Tensor] = {} if shared is None else shared.texts
         self.num_computed = self.num_replayed = 0
         self._replayed: torch.Tensor | None = None
@@ -66,6 +79,24 @@ class TrunkCache:
         finally:
             self._stops = False
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all texts to a safetensors file, for a later run on the same base."""
+        tensors = {key.hex(): text.contiguous() for key, text in self.texts.items()}
+        save_file(tensors, str(path), metadata=self._origin)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Add the texts of a file.
+
+        Raises:
+            ValueError: they were written under another base, quantisation, dtype or number of layers.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            written = file.metadata() or {}
+            odd = {name: (written.get(name), now) for name, now in self._origin.items() if written.get(name) != now}
+            if odd:
+                raise ValueError(f"{str(path)!r} holds another trunk's texts: {odd} (then, now). Fill the cache anew.")
+            self.texts.update({bytes.fromhex(key): file.get_tensor(key) for key in file.keys()})
+
     def remove(self) -> None:
         """Give the layers their own forward back."""
         self._handle.remove()
@@ -81,8 +112,15 @@ class TrunkCache:
                 f"{len(trains)} parameters of the layers to replay train, {trains[0]!r} first, so their output "
                 "changes. Put adapters on the layers above only (`layers_to_transform`), or replay fewer."
             )
-        drops = [m for layer in self._lower for m in layer.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        if drops or getattr(base.config, "attention_dropout", 0.0) > 0:
+        if any(isinstance(module, BaseTunerLayer) for layer in self._lower for module in layer.modules()):
+            raise ValueError(
+                "The layers to replay carry adapters: another one would be given the output of this one. Put adapters "
+                "on the layers above only (`layers_to_transform`), or replay fewer."
+            )
+        before = [module for module in self._backbone.children() if not isinstance(module, nn.ModuleList)]
+        parts = [module for part in (*self._lower, *before) for module in part.modules()]
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in parts)
+        if drops or (getattr(base.config.get_text_config(), "attention_dropout", None) or 0.0) > 0:
             raise ValueError("The layers to replay have dropout, so their output is never the same. Set it to 0.")
         if getattr(self._backbone, "gradient_checkpointing", False) or base.is_gradient_checkpointing:
             raise ValueError("`gradient_checkpointing` recomputes a layer after its cache is gone. Turn it off.")
@@ -91,7 +129,9 @@ class TrunkCache:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask = kwargs.get("attention_mask")
         self._mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        self._keys = [row[keep].cpu().numpy().tobytes() for row, keep in zip(ids, self._mask, strict=True)]
+        # A hash and not the ids: names of thousands of long texts do not fit the header of a file.
+        rows = [row[keep].cpu().numpy().tobytes() for row, keep in zip(ids, self._mask, strict=True)]
+        self._keys = [hashlib.sha256(row).digest() for row in rows]
         known = all(key in self.texts for key in self._keys)
         self.num_replayed += len(ids) * known
         self.num_computed += len(ids) * (not known)

@@ -1,163 +1,200 @@
-"""From the flags of an evaluation to its numbers and its report."""
+"""A reward model on preference rows: accuracy by source beside always taking the longer answer, calibration."""
 
-import gc
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.arguments import select_rows
-from ..data.evaluation_arguments import EvaluationArguments
-from ..data.loading import require_columns
-from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
-from ..feedback.judge import AIJudge
-from ..models.build import load_policy
-from ..models.ensembles import is_reward_ensemble, load_reward_ensemble
-from ..models.hub import check_model_name
-from ..models.reward_functions import ModelReward, checked_reward
-from ..models.scoring import load_reward_model
-from .evaluation_report import write_evaluation
-from .policy_evaluation import (
-    Sampling,
-    compare_answers,
-    describe_answers,
-    distance,
-    judge_answers,
-    mean_with_interval,
-    render_prompts,
-    sample_answers,
-    score_answers,
-)
-from .reward_benchmark import evaluate_reward_model
+from ..data.candidates import tokenize_candidates
+from ..data.evaluation_rows import H_NAMES, Pair, evaluation_rows, h_of, pairs_of_row, sources_of
+from ..data.loading import prompt_key
+from ..functional.clusters import grouped_interval
+from ..functional.pairs import calibration, length_statistics, pair_credits
+from ..models.build import shortest_context
+from ..models.ensembles import is_reward_ensemble
+from ..models.hub import is_inside_repo, local_folder
+from ..models.pooling import log_odds_of
+from ..models.scoring import ModelReward, load_reward_model
 
 
-def run_evaluation(args: EvaluationArguments, functions: dict[str, Callable] | None = None) -> dict[str, Any]:
+# Rows between two updates of the progress bar, each a call of the reward model.
+CHUNK = 8
+
+
+def evaluate_reward_model(
+    reward: ModelReward,
+    dataset: Dataset,
+    *,
+    source_column: str | None = None,
+    source_map: Mapping[str, str] | None = None,
+    as_messages: bool = False,
+    max_length: int | None = None,
+    num_bins: int = 10,
+    progress: str | None = None,
+) -> dict[str, Any]:
     """
-    Evaluate what the flags name; write `evaluation.json`, `evaluation.md` and `report.html`.
+    Judge every pair of a preference data set by a reward model.
+
+    Candidates are tokenised as in reward training: closed by the end of sequence, prompt and completion as one text.
 
     Args:
-        args ([`EvaluationArguments`]):
-            The flags.
-        functions (`dict[str, Callable]`, *optional*):
-            Rewards by their name, for `reward_funcs`.
+        reward ([`ModelReward`]):
+            The model with its own tokenizer.
+        dataset (`Dataset`):
+            Pairs, general rows, or RewardBench's columns.
+        source_column, source_map, as_messages:
+            As in [`~rlhf_ext.data.evaluation_arguments.EvaluationArguments`].
+        max_length (`int`, *optional*):
+            Leaves out rows with a longer candidate; counted. What the model cannot read is left out and counted too.
+        num_bins (`int`, *optional*, defaults to 10):
+            Bins of the calibration error.
+        progress (`str`, *optional*):
+            Title of a progress bar.
 
     Returns:
-        `dict`: what stands in `evaluation.json`.
+        `dict`: `rows`, counts; `overall`, `sources`, `three_h`: lines of [`measure_pairs`]; `calibration`; `unmapped`,
+        sources that are in no column of the 3H table.
+
+    Raises:
+        ValueError: for a wrong row, or if none is left.
     """
-    for name in ("policy_model_path", "baseline_model_path", "reference_model_path", "judge_model_path"):
-        if getattr(args, name):
-            check_model_name(getattr(args, name), name, None)
-    for path in args.reward_model_path or []:
-        if not is_reward_ensemble(path):
-            check_model_name(path, "reward_model_path", None)
-    start = time.perf_counter()
-    evaluate = _evaluate_policy if args.policy_model_path else _evaluate_reward
-    found, samples = evaluate(args, functions or {})
-    found = {
-        "model": args.policy_model_path or args.reward_model_path[0],
-        "dataset": args.dataset_name,
-        "seed": args.seed,
-        **found,
-        "seconds": time.perf_counter() - start,
-    }
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    write_evaluation(folder, found, samples)
-    return found
-
-
-def _evaluate_reward(args: EvaluationArguments, functions: dict[str, Callable]) -> tuple[dict[str, Any], list]:
-    rows = select_rows(args, args.dataset_test_split)
-    reward, tokenizer = _reward_of(args.reward_model_path[0], args, None)
-    found = evaluate_reward_model(reward, tokenizer, rows, source_column=args.source_column, three_h=args.three_h)
-    return {"kind": "reward model", **found}, []
-
-
-def _evaluate_policy(args: EvaluationArguments, functions: dict[str, Callable]) -> tuple[dict[str, Any], list]:
-    rows = select_rows(args, args.dataset_test_split)
-    require_columns(rows, ["prompt"], what="the prompts of the evaluation")
-    prompts = list(rows["prompt"])
-    tokenizer = _tokenizer(args.policy_model_path, args)
-    sampling = Sampling(args.num_samples, args.max_new_tokens, args.temperature, args.batch_size, args.seed)
-    dtype = getattr(torch, args.dtype)
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-
-    policy = load_policy(args.policy_model_path, **options).eval().requires_grad_(False)
-    samples = sample_answers(policy, tokenizer, prompts, sampling, "policy")
-    found: dict[str, Any] = {"kind": "policy", "prompts": len(prompts), "sampling": vars(sampling)}
-    encoder = args.encoder
-    found["answers"] = describe_answers(samples, len(prompts), encoder=encoder, insult_words=args.insult_words)
-    if args.reference_model_path:
-        reference = load_policy(args.reference_model_path, **options).eval().requires_grad_(False)
-        found["distance"] = distance(policy, reference, samples, tokenizer, sampling)
-        del reference
-    del policy
-    gc.collect()
-
-    baseline = None
-    if args.baseline_model_path:
-        other = load_policy(args.baseline_model_path, **options).eval().requires_grad_(False)
-        baseline = sample_answers(other, tokenizer, prompts, sampling, "baseline")
-        found["baseline"] = args.baseline_model_path
-        found["baseline_answers"] = describe_answers(
-            baseline, len(prompts), encoder=encoder, insult_words=args.insult_words
-        )
-        del other
-        gc.collect()
-
-    rewards = {name: checked_reward(functions[name]) for name in args.reward_funcs or []}
-    for path in args.reward_model_path or []:
-        rewards[path.rstrip("/").split("/")[-1]] = _reward_of(path, args, tokenizer)[0]
-    scores = score_answers(rewards, prompts, samples)
-    found["scores"] = {name: mean_with_interval(values) for name, values in scores.items()}
-    if baseline is not None:
-        theirs = score_answers(rewards, prompts, baseline)
-        found["baseline_scores"] = {name: mean_with_interval(values) for name, values in theirs.items()}
-        found["win_rate"] = compare_answers(scores, theirs, sampling.num_samples)
-        if args.judge_model_path:
-            model = AutoModelForCausalLM.from_pretrained(args.judge_model_path, use_safetensors=True, **options)
-            judge = AIJudge(
-                model,
-                _tokenizer(args.judge_model_path, args),
-                load_constitution(args.constitution or DEFAULT_CONSTITUTION),
-                batch_size=args.batch_size,
-                seed=args.seed,
-            )
-            texts = render_prompts(prompts, tokenizer)
-            found["win_rate"]["judge"] = judge_answers(judge, texts, samples, baseline, sampling.num_samples)
-    each = sampling.num_samples
-    table = [
-        {
-            "prompt": samples.prompts[each * j],
-            "answer": samples.texts[each * j],
-            "baseline": None if baseline is None else baseline.texts[each * j],
-            "scores": {name: values[each * j] for name, values in scores.items()},
-        }
-        for j in range(len(prompts))
+    tokenizer = reward.processing_class
+    rows, report = evaluation_rows(dataset, as_messages=as_messages)
+    rows = rows.map(tokenize_candidates, fn_kwargs={"processing_class": tokenizer}, desc="Tokens")
+    limit = min(limit for limit in (max_length, shortest_context(reward.model), 10**9) if limit is not None)
+    kept = [place for place, longest in enumerate(rows["longest"]) if longest <= limit]
+    if not kept:
+        raise ValueError(f"All {len(rows)} rows are longer than {limit} tokens. Raise `max_length`, or shorten them.")
+    num_overlong = len(rows) - len(kept)
+    rows = rows.select(kept)
+    scores = score_rows(reward, rows, progress)
+    lengths = [
+        [len(ids) - start for ids, start in zip(row, starts, strict=True)]
+        for row, starts in zip(rows["candidate_ids"], rows["completion_starts"], strict=True)
     ]
-    return found, table
+    pairs = [
+        pair
+        for place, (row, target, ranking) in enumerate(zip(scores, rows["target"], rows["ranking"], strict=True))
+        for pair in pairs_of_row(place, len(row), target, ranking)
+    ]
+    prompts = [prompt_key({"chosen": row["completions"][0], "rejected": row["completions"][1], **row}) for row in rows]
+    sources = sources_of(rows, source_column)
+
+    def measured(wanted: Sequence[Pair]) -> dict[str, Any]:
+        return measure_pairs(wanted, scores, lengths, prompts)
+
+    result: dict[str, Any] = {
+        "model": reward.__name__,
+        "rows": {
+            "given": report.num_rows,
+            "incomparable": report.num_incomparable,
+            "overlong": num_overlong,
+            "judged": len(rows),
+            "prompt_mismatches": sum(rows["prompt_mismatch"]),
+        },
+        "overall": measured(pairs),
+        "sources": {},
+        "three_h": {},
+        "unmapped": [],
+    }
+    gaps = torch.tensor([scores[p.row][p.first] - scores[p.row][p.second] for p in pairs], dtype=torch.float64)
+    targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
+    # In the unit of training, where a difference of scores is a log-odds; a gain saved afterwards is another one.
+    factor, noise = log_odds_of(reward.model)
+    chances = (1 - noise) * (factor * gaps).sigmoid() + noise / 2
+    result["calibration"] = calibration(chances, targets, num_bins=num_bins)
+    if sources is not None:
+        for name in sorted(set(sources)):
+            result["sources"][name] = measured([pair for pair in pairs if sources[pair.row] == name])
+        meaning = {name: h_of(name, source_map) for name in sorted(set(sources))}
+        for h in H_NAMES:
+            wanted = [pair for pair in pairs if meaning[sources[pair.row]] == h]
+            if wanted:
+                result["three_h"][h] = measured(wanted)
+        result["unmapped"] = [name for name, h in meaning.items() if h is None]
+    return result
 
 
-def _reward_of(
-    path: str, args: EvaluationArguments, policy_tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Callable, PreTrainedTokenizerBase]:
+def score_rows(reward: ModelReward, rows: Dataset, progress: str | None = None) -> list[list[float]]:
+    """Scores of the candidates of tokenised rows, which are read in order of length so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda place: rows[place]["longest"], reverse=True)
+    scores: list[list[float]] = [[] for _ in order]
+    for start in tqdm(range(0, len(order), CHUNK), desc=progress, disable=progress is None):
+        places = order[start : start + CHUNK]
+        flat = [
+            (place, ids[:begin], ids[begin:])
+            for place in places
+            for ids, begin in zip(rows[place]["candidate_ids"], rows[place]["completion_starts"], strict=True)
+        ]
+        empty = [""] * len(flat)
+        found = reward(empty, empty, [ids for *_, ids in flat], prompt_ids=[ids for _, ids, _ in flat])
+        for (place, *_), score in zip(flat, found, strict=True):
+            scores[place].append(score)
+    return scores
+
+
+def measure_pairs(
+    pairs: Sequence[Pair], scores: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """
+    One line of a table.
+
+    Args:
+        pairs (`Sequence[Pair]`):
+            At least one.
+        scores, lengths (`Sequence[Sequence]`):
+            Per row, of each candidate.
+        prompts (`Sequence[str]`):
+            Per row; pairs of one prompt are not independent, and the intervals know.
+
+    Returns:
+        `dict`: `pairs`, `ties` (of the label), `prompts`; `accuracy`, `low`, `high`, ties one half; the same with
+        `decisive_`, without pairs whose label is a tie (`None` without any other), and with `longer_`, of always
+        taking the longer answer on those; what [`~rlhf_ext.functional.pairs.length_statistics`] gives.
+    """
+    chosen = torch.tensor([[scores[p.row][p.first], scores[p.row][p.second]] for p in pairs], dtype=torch.float64)
+    sizes = torch.tensor([[lengths[p.row][p.first], lengths[p.row][p.second]] for p in pairs], dtype=torch.float64)
+    targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
+    groups = [prompts[p.row] for p in pairs]
+    decisive = (targets != 0.5).tolist()
+    # Ties of the label are left out, as beside it; without any decisive pair there is nothing else.
+    kept = targets != 0.5 if any(decisive) else torch.ones_like(targets, dtype=torch.bool)
+    of_length = length_statistics(chosen[kept], sizes[kept], targets[kept])
+    line = {"pairs": len(pairs), "ties": decisive.count(False), "prompts": len(set(groups))}
+    line |= _share("", pair_credits(chosen, targets).tolist(), groups, [True] * len(pairs))
+    line |= _share("decisive_", pair_credits(chosen, targets).tolist(), groups, decisive)
+    line |= _share("longer_", pair_credits(sizes, targets).tolist(), groups, decisive)
+    line |= {key: of_length[key] for key in ("length_correlation", "length_slope", "accuracy_length_regressed")}
+    return line
+
+
+def _share(name: str, credits: list[float], groups: list[str], kept: list[bool]) -> dict[str, float | None]:
+    credits, groups = (
+        [c for c, k in zip(credits, kept, strict=True) if k],
+        [g for g, k in zip(groups, kept, strict=True) if k],
+    )
+    if not credits:
+        return {f"{name}accuracy": None, f"{name}low": None, f"{name}high": None}
+    low, high = grouped_interval(credits, groups)
+    return {f"{name}accuracy": sum(credits) / len(credits), f"{name}low": low, f"{name}high": high}
+
+
+def load_reward(
+    path: str, *, device: str | torch.device, dtype: str | torch.dtype, trust_remote_code: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A reward model, full or an adapter, and the tokenizer saved with it, or else that of its base."""
     if is_reward_ensemble(path):
-        ensemble = load_reward_ensemble(
-            path,
-            policy_processing_class=policy_tokenizer,
-            batch_size=args.batch_size,
-            trust_remote_code=args.trust_remote_code,
+        raise ValueError(
+            f"{path!r} is an ensemble. Name its members, {path}/member_0 and so on: each is a reward model of its own."
         )
-        return ensemble.mean, ensemble.members[0].processing_class
-    model = load_reward_model(path, trust_remote_code=args.trust_remote_code).requires_grad_(False)
-    tokenizer = _tokenizer(path, args)
-    return ModelReward(model, tokenizer, policy_tokenizer or tokenizer, batch_size=args.batch_size), tokenizer
-
-
-def _tokenizer(path: str, args: EvaluationArguments) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    folder = local_folder(path) if is_inside_repo(path) else path
+    model = load_reward_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=trust_remote_code)
+    return model.requires_grad_(False).eval(), tokenizer

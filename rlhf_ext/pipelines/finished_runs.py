@@ -88,10 +88,13 @@ def has_checkpoint(folder: Path) -> bool:
 
 def arguments_that_matter(args: TrainingArguments) -> dict[str, Any]:
     """The arguments that decide a result, as plain values."""
+    # When evaluation chooses the weights, when it happens decides too.
+    chosen = args.load_best_model_at_end
+    idle = tuple(start for start in _WITHOUT_EFFECT_STARTS if not start.startswith(("eval", "save")) or not chosen)
     return {
         name: value
         for name, value in args.to_dict().items()
-        if name not in _WITHOUT_EFFECT and not name.startswith(_WITHOUT_EFFECT_STARTS)
+        if name not in _WITHOUT_EFFECT and not name.startswith(idle)
     }
 
 

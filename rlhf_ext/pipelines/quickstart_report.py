@@ -1,12 +1,11 @@
 """The table and the self-contained HTML page of a quickstart run."""
 
-import base64
 import html
-import io
 import os
 from typing import Any
 
 from ..models.generation import Samples
+from . import report_page
 
 
 # Label, key, and number format of each row of the table.
@@ -31,17 +30,6 @@ PLOTS = [
     ("Explained variance of the critic", [("explained variance", "value/explained_variance")]),
 ]
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-table { border-collapse: collapse; }
-th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #dde3ea; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
-.plots img { width: 100%; } .good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
-.wide { overflow-x: auto; }
-"""
-
 
 def summary_lines(metrics: dict[str, Any]) -> list[str]:
     """The sentences below the table."""
@@ -63,8 +51,7 @@ def print_table(metrics: dict[str, Any]) -> None:
     print("\n" + "\n".join(summary_lines(metrics)), flush=True)
 
 
-def _image(series: list[tuple[str, list[float], list[float]]], x_label: str, dots: bool = False) -> str:
-    """A plot as a data URI: a page that is mailed or opened from disk must not look for files."""
+def _plot(series: list[tuple[str, list[float], list[float]]], x_label: str, dots: bool = False) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -75,12 +62,10 @@ def _image(series: list[tuple[str, list[float], list[float]]], x_label: str, dot
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return figure
 
 
-def _figures(history: list[dict[str, float]]) -> list[tuple[str, str]]:
+def _figures(history: list[dict[str, float]]) -> list[tuple[str, Any]]:
     figures = []
     for title, series in PLOTS:
         lines = []
@@ -89,11 +74,11 @@ def _figures(history: list[dict[str, float]]) -> list[tuple[str, str]]:
             if points:
                 lines.append((label, *map(list, zip(*points, strict=True))))
         if lines:
-            figures.append((title, _image(lines, "update")))
+            figures.append((title, _plot(lines, "update")))
     if history:
         kl = [entry["kl"] for entry in history]
         frontier = [("gold", kl, [entry["gold"] for entry in history])]
-        figures.append(("Gold reward against KL", _image(frontier, "KL, nats per answer", dots=True)))
+        figures.append(("Gold reward against KL", _plot(frontier, "KL, nats per answer", dots=True)))
     return figures
 
 
@@ -120,10 +105,6 @@ def write_report(
         f"<td class=number>{metrics['ppo'][key]:{form}}</td></tr>"
         for label, key, form in ROWS
     )
-    plots = "".join(
-        f"<figure><figcaption>{html.escape(title)}</figcaption><img alt='{html.escape(title)}' src='{uri}'></figure>"
-        for title, uri in _figures(history)
-    )
 
     def cell(text: str, gold: float) -> str:
         tone = "good" if gold == metrics["gold_reward_max"] else "bad" if gold == 0 else ""
@@ -134,20 +115,15 @@ def write_report(
         f"{cell(after.texts[i], gold_after[i])}</tr>"
         for i in range(min(num_samples, len(before.texts)))
     )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>rlhf_ext quickstart, seed {metrics["seed"]}</title><style>{_STYLE}</style></head><body>
-<h1>Classic RLHF on the toy world, seed {metrics["seed"]}</h1>
-<p class="note">SFT on a mixed corpus, 4 completions a prompt, the best one marked by a simulated labeller, a K-way
-reward model on the labels, PPO driven by that reward model and by a penalty for an answer that does not end. Gold is
-the true reward: only the labeller and this page know it. All numbers are on held-out prompts.</p>
+    body = f"""<p class="note">SFT on a mixed corpus, 4 completions a prompt, the best one marked by a simulated
+labeller, a K-way reward model on the labels, PPO driven by that reward model and by a penalty for an answer that does
+not end. Gold is the true reward: only the labeller and this page know it. All numbers are on held-out prompts.</p>
 <table><tr><th></th><th>SFT</th><th>PPO</th></tr>{table}</table>
 <p>{"<br>".join(html.escape(line) for line in summary_lines(metrics))}</p>
-<h2>PPO, update by update</h2><div class="plots">{plots}</div>
+<h2>PPO, update by update</h2>{report_page.plots(_figures(history))}
 <h2>Samples side by side</h2><div class="wide">
-<table><tr><th>prompt</th><th>SFT</th><th>gold</th><th>PPO</th><th>gold</th></tr>{samples}</table></div>
-</body></html>
-"""
+<table><tr><th>prompt</th><th>SFT</th><th>gold</th><th>PPO</th><th>gold</th></tr>{samples}</table></div>"""
+    page = report_page.page(f"Classic RLHF on the toy world, seed {metrics['seed']}", body)
     path = os.path.join(output_dir, "report.html")
     with open(path, "w", encoding="utf-8") as file:
         file.write(page)

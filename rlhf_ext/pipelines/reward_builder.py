@@ -83,7 +83,8 @@ class RewardBuilder:
     ) -> PreferenceRewardTrainer:
         """A trainer that writes into `folder`; the head and the adapters are drawn by `seed`."""
         args = copy.copy(self.args)  # not `replace`: building a configuration resets accelerate's state
-        args.output_dir, args.seed = str(folder), seed
+        # A `data_seed` of the whole loop would give every run the same order of rows.
+        args.output_dir, args.seed, args.data_seed = str(folder), seed, None
         name = folder.name.removeprefix("_unfinished_")
         args.run_name = f"{args.run_name or Path(self.args.output_dir).name}-{name}"
         model: str | PreTrainedModel = self.model

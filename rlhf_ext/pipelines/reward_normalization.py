@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..data.loading import load_rows, require_columns
 from ..functional.scores import score_normalization
 from ..models.build import load_policy
-from ..models.generation import Samples, sample_completions
+from ..models.generation import Samples, end_token_ids, sample_completions
 from ..models.pooling import has_normalization, normalization_of, set_normalization
 from ..models.reward_checkpoints import save_normalization
 from ..models.reward_functions import ModelReward
@@ -60,8 +61,20 @@ def reference_samples(
     policy = policy if device is None else policy.to(device)
     set_seed(seed)
     texts = [_as_text(prompt, processing_class) for prompt in prompts]
+    size = policy.get_input_embeddings().weight.shape[0]
+    if size < len(processing_class):
+        raise ValueError(
+            f"The reference {reference_model_path!r} has {size} tokens and the tokenizer {len(processing_class)}: "
+            "they do not belong together. Give the SFT model that the reward model starts from."
+        )
     return sample_completions(
-        policy, processing_class, texts, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=64
+        policy,
+        processing_class,
+        texts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=64,
+        eos_token_ids=end_token_ids(policy, processing_class),
     )
 
 
@@ -137,6 +150,7 @@ def normalize_before(trainer: PreferenceRewardTrainer, samples: Samples, *, scal
         `tuple[float, float]`: gain and bias.
     """
     gain, bias = score_normalization(raw_scores(trainer.model, trainer.processing_class, samples), scale=scale)
+    gain, bias = broadcast_object_list([gain, bias])  # processes on unlike devices round apart, and train in one unit
     set_normalization(trainer.model, gain, bias)
     return gain, bias
 
@@ -162,7 +176,7 @@ def save_unit(
     trainer: PreferenceRewardTrainer, folder: str | Path, scores: torch.Tensor, *, scale: bool = True
 ) -> tuple[float, float]:
     """As [`normalize_after`], for raw scores that are there already."""
-    gain, bias = score_normalization(scores, scale=scale)
+    gain, bias = broadcast_object_list(list(score_normalization(scores, scale=scale)))
     set_normalization(trainer.model, gain, bias)
     if trainer.args.should_save:
         save_normalization(folder, gain, bias)

@@ -1,6 +1,5 @@
 """Reward trainer for every kind of preference: rows to scores to loss, and nothing else."""
 
-import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,17 +21,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardTrainer
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import get_config_model_id
 
-from ..data.candidates import CANDIDATE_COLUMNS, drop_overlong, pair_to_candidates, tokenize_candidates
 from ..data.collators import DataCollatorForCandidates
-from ..data.preferences import (
-    PreferenceReport,
-    check_columns,
-    check_preferences,
-    column_names,
-    normalize_preferences,
-)
+from ..data.preferences import PreferenceReport
 from ..functional.candidates import (
     arrange_rewards,
     candidates_loss,
@@ -51,13 +43,14 @@ from ..models.sharding import whole_weights
 from .launch import check_launch, reset_reentrant
 from .reward_card import RewardCardMixin
 from .reward_config import PreferenceRewardConfig
+from .reward_data import PreferenceDataMixin, check_eos
 from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_config
 
 
 logger = get_logger(__name__)
 
 
-class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTrainer):
+class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, PreferenceDataMixin, RewardTrainer):
     """
     Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
 
@@ -145,7 +138,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
             raise ValueError(f"`args` is a {type(args).__name__}; pass a `PreferenceRewardConfig`.")
         check_launch(args, model)
         if processing_class is not None:
-            _check_eos(processing_class, args.eos_token)
+            check_eos(processing_class, args.eos_token)
         if peft_config is not None:
             peft_config = score_peft_config(peft_config)
 
@@ -216,90 +209,6 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
         pool_by_attention_mask(self.model, args.reward_aggregation)
         if args.lm_coef > 0.0:
             keep_lm_head(base, lm_head, trains=not isinstance(self.model, PeftModel))
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: PreferenceRewardConfig,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        columns = column_names(dataset)
-        if "candidate_ids" in columns:
-            return dataset
-        _check_eos(processing_class)
-        is_tokenized = {"chosen_ids", "rejected_ids"} <= set(columns)
-        streams = isinstance(dataset, IterableDataset)
-        options = {} if streams else {"num_proc": args.dataset_num_proc}
-        with global_then_local_main_first():
-            # The parent closes every text by the end of sequence, so rows that may be cut take our own path.
-            closes = not streams and "truncated" not in columns
-            if is_tokenized or (check_columns(columns) and closes):
-                # Text pairs are tokenised by the parent, so that they stay what TRL reads.
-                rows = None
-                report = PreferenceReport(max_candidates=2)
-                if not is_tokenized:
-                    labels, report = check_preferences(dataset)
-                    rows = [index for index, label in enumerate(labels) if label is not None]
-                    dataset = dataset.select(rows)
-                elif not streams:
-                    report.num_rows = len(dataset)
-                unlimited = copy.copy(args)
-                unlimited.max_length = None  # the parent drops long rows without a word; ours are counted below
-                dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)
-                dataset = dataset.map(
-                    pair_to_candidates,
-                    with_indices=True,
-                    fn_kwargs={"processing_class": processing_class, "rows": rows},
-                    **options,
-                )
-            else:
-                dataset, report = normalize_preferences(dataset)
-                dataset = dataset.map(tokenize_candidates, fn_kwargs={"processing_class": processing_class}, **options)
-            limits = {"max_length": args.max_length, "context_length": self._context_length}
-            dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
-        if not streams:
-            report.num_prompt_mismatches = sum(dataset["prompt_mismatch"])
-            self._check_options(dataset, args)
-        self._report(dataset_name, report)
-        names = column_names(dataset)
-        return dataset.select_columns([name for name in CANDIDATE_COLUMNS if name in names])
-
-    def _check_options(self, dataset: Dataset, args: PreferenceRewardConfig) -> None:
-        wide = {row: len(ids) for row, ids in zip(dataset["row"], dataset["completion_starts"], strict=True)}
-        wide = {row: size for row, size in wide.items() if size > 2}
-        if wide and args.center_rewards_coefficient is not None:
-            raise ValueError(
-                f"`center_rewards_coefficient` is {args.center_rewards_coefficient} and works with two completions, "
-                f"but {len(wide)} rows have more: {dict(list(wide.items())[:8])}. Leave it at None."
-            )
-        if "margin" in dataset.column_names:
-            margins = zip(dataset["row"], dataset["margin"], dataset["target"], strict=True)
-            for row, margin, target in margins:
-                if margin is None or list(target or ()) != [1.0, 0.0]:
-                    raise ValueError(
-                        f"Row {row} has `margin` {margin} and the target {target}, but a margin is a number and works "
-                        "with pairs only. Remove the column, or give `chosen` and `rejected`."
-                    )
-
-        has_preferred = any(
-            ranking is not None or max(target or [0.0]) == 1.0
-            for target, ranking in zip(dataset["target"], dataset["ranking"], strict=True)
-        )
-        if args.lm_coef > 0.0 and not has_preferred:
-            raise ValueError(
-                f"`lm_coef` is {args.lm_coef}, but no row of the dataset has one preferred completion, which the "
-                "language-modelling term reads. Set it to 0.0, or add rows with `best`, `ranking` or a one-hot target."
-            )
-
-    def _report(self, dataset_name: str, report: PreferenceReport) -> None:
-        self.preference_reports[dataset_name] = report
-        lost = report.num_incomparable + report.num_overlong + report.num_prompt_mismatches
-        (logger.warning if lost else logger.info)(f"Preference dataset {dataset_name!r}: {report}.")
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in CANDIDATE_COLUMNS if name not in self._signature_columns]
 
     def compute_loss(
         self,
@@ -389,7 +298,9 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
             return  # DeepSpeed calls this on every process, before one of them has made the folder
         dtype = plain_dtype(classifier_of(self.model))
         folder = output_dir or self.args.output_dir
-        save_reward_config(folder, self.args.reward_aggregation, dtype, normalization_of(self.model))
+        unit = normalization_of(self.model)
+        training = (unit[0], self.args.prediction_noise)
+        save_reward_config(folder, self.args.reward_aggregation, dtype, unit, training)
         model = self.accelerator.unwrap_model(self.model)
         # Not in checkpoints: `Trainer` takes every folder of an adapter in there for one to load on resuming.
         if self.args.lm_coef > 0.0 and isinstance(model, PeftModel) and not self._aside:
@@ -399,11 +310,3 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, RewardTr
 def _active_head(base: PreTrainedModel) -> nn.Module:
     copies = getattr(base.score, "modules_to_save", None)
     return base.score if copies is None else copies[base.score.active_adapters[0]]
-
-
-def _check_eos(processing_class: PreTrainedTokenizerBase, eos_token: str | None = None) -> None:
-    if processing_class.eos_token is None and eos_token is None:
-        raise ValueError(
-            "`processing_class.eos_token` is None, so a finished completion cannot be told from a cut one. Set "
-            "`eos_token` of the tokenizer, or of the `PreferenceRewardConfig`."
-        )

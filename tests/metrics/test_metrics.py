@@ -59,6 +59,15 @@ def test_accuracy_counts_ties_one_half_and_reports_sources():
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert found["low"] == pytest.approx((centre - half) / (1 + z * z / n))
     assert found["high"] == pytest.approx((centre + half) / (1 + z * z / n))
+    # Each pair twice, under the same prompt: nothing new is known
+    sure = [[float(right), 0.5] for right in (1, 0, 1, 1, 0)]
+    grouped = PreferenceAccuracy().compute(
+        predictions=[pair for pair in sure for _ in range(2)],
+        references=[1.0] * 10,
+        prompts=[name for name in "abcde" for _ in range(2)],
+    )
+    alone = PreferenceAccuracy().compute(predictions=sure, references=[1.0] * 5, prompts=list("abcde"))
+    assert (grouped["low"], grouped["high"]) == (pytest.approx(alone["low"]), pytest.approx(alone["high"]))
     assert math.isnan(preference_accuracy(torch.zeros(0, 2), torch.zeros(0))["accuracy"])
 
 
@@ -100,19 +109,27 @@ def test_calibration_by_hand():
     flipped = calibration(torch.stack([p[0], 1 - p[1], p[2]]), torch.stack([t[0], 1 - t[1], t[2]]))
     assert flipped["ece"] == pytest.approx(calibration(p, t)["ece"])
     assert calibration(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))["ece"] == 0.0
-    assert Calibration().compute(predictions=[0.6], references=[0.6], num_bins=5)["ece"] == pytest.approx(0.0)
+    assert Calibration().compute(predictions=[0.6], references=[0.6], num_bins=4)["ece"] == pytest.approx(0.0)
 
 
 def test_win_rate_by_hand():
     found = WinRate().compute(predictions=[1.0, 0.5, 0.0, 1.0])
-    sd = math.sqrt(((1 - 0.625) ** 2 * 2 + (0.5 - 0.625) ** 2 + 0.625**2) / 3)
-    assert found["low"] == pytest.approx(0.625 - 1.959963984540054 * sd / 2)
-    assert found["high"] == 1.0  # cut
+    # The variance of these credits is worth 4.09 trials, of which no more than 4 count: Wilson with p = .625, n = 4
+    z = 1.959963984540054
+    margin = z * math.sqrt(0.625 * 0.375 / 4 + z * z / 64) / (1 + z * z / 4)
+    middle = (0.625 + z * z / 8) / (1 + z * z / 4)
+    assert found["low"] == pytest.approx(middle - margin) and found["high"] == pytest.approx(middle + margin)
+    # Three wins out of three are no certainty
+    found = WinRate().compute(predictions=[1.0, 1.0, 1.0])
+    assert found["low"] == pytest.approx(3 / (3 + z * z)) and found["high"] == 1.0
     # A judge that always takes the first place knows nothing
     found = WinRate().compute(predictions=[1.0, 1.0], swapped=[0.0, 0.0])
     assert (found["win_rate"], found["disagreement"], found["position_bias"]) == (0.5, 1.0, 0.5)
     found = WinRate().compute(predictions=[1.0, 0.5], swapped=[1.0, 1.0])
     assert (found["win_rate"], found["disagreement"], found["position_bias"]) == (0.875, 0.25, -0.125)
+    # Two ties agree
+    found = WinRate().compute(predictions=[0.5, 0.5], swapped=[0.5, 0.0])
+    assert (found["win_rate"], found["disagreement"]) == (0.375, 0.25)
     wins = paired_wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0]))
     assert wins.tolist() == [1.0, 0.5, 0.0]
     forth, back = win_rate(wins)["win_rate"], win_rate(1 - wins)["win_rate"]
@@ -140,6 +157,16 @@ def test_diversity_per_input_and_across():
     assert found["per_input_nli"] == pytest.approx((0.5 - 2.0) / 2)
     assert found["per_input_distinct_1"] == 0.75 and found["across_input_distinct_1"] == 1.0
     assert words_of("No. Yes.\nNo") == ["No", "YesNo"]  # as the released code does
+
+
+def test_one_sample_per_prompt_has_diversity_across_inputs_alone():
+    given = {"encoder": lambda texts: torch.eye(len(texts)), "nli": lambda pairs: [("entailment", 0.5) for _ in pairs]}
+    found = Diversity().compute(predictions=[["a b"], ["b c"]], **given)
+    assert set(found) == {f"across_input_{name}" for name in ("ead", "distinct_1", "distinct_2", "embedding", "nli")}
+    assert found["across_input_distinct_1"] == 0.75
+    assert found["across_input_embedding"] == pytest.approx(1.0) and found["across_input_nli"] == -1.0
+    found = Diversity().compute(predictions=[["a", "a"]], **given)
+    assert set(found) >= {"per_input_ead", "per_input_nli"} and not any(name.startswith("across") for name in found)
 
 
 def test_a_sentence_transformer_from_a_package_serves_offline():
@@ -179,6 +206,10 @@ def test_perplexity_is_that_of_plain_logits():
     found = ReferencePerplexity().compute(predictions=answers, references=prompts, model=model)
     assert found["tokens"] == 5 and found["nll"] == pytest.approx(total / 5, abs=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(total / 5), rel=1e-5)
+    # Without a prompt the first token has nothing before it, and does not count
+    logps = model(input_ids=torch.tensor([[10, 11, 1]])).logits[0].double().log_softmax(-1)
+    alone = ReferencePerplexity().compute(predictions=[[10, 11, 1]], references=[[]], model=model)
+    assert alone["tokens"] == 2 and alone["nll"] == pytest.approx(-(logps[0, 11] + logps[1, 1]).item() / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +220,10 @@ def test_perplexity_is_that_of_plain_logits():
         (lambda: PreferenceAccuracy().compute(predictions=[[1.0, 0.0]], references=[1.0], sources=[]), "sources.*0"),
         (lambda: Calibration().compute(predictions=[1.5], references=[1.0]), "probabilities.*1.5"),
         (lambda: Calibration().compute(predictions=[0.5], references=[1.0], num_bins=0), "num_bins.*0"),
+        (lambda: Calibration().compute(predictions=[0.5], references=[1.0], num_bins=5), "num_bins.*5.*even"),
         (lambda: WinRate().compute(predictions=[1.5]), "wins.*1.5"),
         (lambda: Diversity().compute(predictions=[["a"], ["b", "c"]]), r"prompts \[0\] have fewer"),
+        (lambda: Diversity().compute(predictions=[["a"]]), "1 prompt"),
         (lambda: InsultRate().compute(predictions=["a"], words=[]), "words.*empty"),
         (lambda: Length().compute(predictions=[1], finished=[True, False]), "finished.*2"),
         (lambda: reward_kl_frontier([(0.0, math.inf)]), "points.*0"),

@@ -65,7 +65,7 @@ def test_replay_is_bitwise(kind, padding):
     assert torch.equal(run(model, ids, mask)[0], scores)
 
 
-def test_two_adapters_share_the_texts():
+def test_two_adapters_share_the_texts(tmp_path):
     first, second = adapted("llama"), adapted("llama", layers=(1, 2))
     cache = TrunkCache(first, 1)
     run(first, IDS, RIGHT)
@@ -75,6 +75,13 @@ def test_two_adapters_share_the_texts():
     assert (other.num_computed, other.num_replayed) == (0, 3)
     assert torch.equal(run(second, IDS, RIGHT)[0], expected)
     assert (other.num_computed, other.num_replayed) == (0, 6)
+    cache.save(tmp_path / "texts.safetensors")
+    third = adapted("llama", layers=(1, 2))
+    loaded = TrunkCache(third, 1)
+    loaded.load(tmp_path / "texts.safetensors")
+    assert torch.equal(run(third, IDS, RIGHT)[0], expected) and loaded.num_computed == 0
+    with pytest.raises(ValueError, match="another trunk's texts.*layers.*'1', '2'"):
+        TrunkCache(adapted("llama"), 2).load(tmp_path / "texts.safetensors")
     ahead = TrunkCache(adapted("llama"), 1)
     ahead.fill(IDS, RIGHT)
     assert all(torch.equal(ahead.texts[key], text) for key, text in cache.texts.items())
@@ -83,10 +90,18 @@ def test_two_adapters_share_the_texts():
 def test_what_changes_below_is_refused():
     with pytest.raises(ValueError, match=r"parameters of the layers to replay train.*lora"):
         TrunkCache(adapted("llama", layers=(1, 2)), 2)
+    frozen = adapted("llama", layers=(1, 2))
+    frozen.requires_grad_(False)  # as a model that scores: nothing trains, and adapters may still be switched
+    with pytest.raises(ValueError, match="carry adapters"):
+        TrunkCache(frozen, 2)
     with pytest.raises(ValueError, match="num_layers.*3 of a trunk of 3"):
         TrunkCache(adapted("llama"), 3)
     model = adapted("gpt2")
     model.base_model.model.transformer.h[0].mlp.dropout.p = 0.1
+    with pytest.raises(ValueError, match="dropout"):
+        TrunkCache(model, 2)
+    model = adapted("gpt2")
+    model.base_model.model.transformer.drop.p = 0.5  # before the first layer
     with pytest.raises(ValueError, match="dropout"):
         TrunkCache(model, 2)
     model = adapted("llama")

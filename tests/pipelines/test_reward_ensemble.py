@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import BitsAndBytesConfig
 
 from rlhf_ext import PreferenceRewardConfig
@@ -274,3 +274,13 @@ def test_what_cannot_be_an_ensemble_is_refused(tmp_path, base, ensemble):
     with pytest.raises(ValueError, match="member_2.*not there"):
         load_reward_ensemble(copy)
     assert score_normalization(torch.tensor([1.2, -0.3, 0.5, 2.0])) == pytest.approx((1.1764705882352942, -1.0))
+
+
+def test_members_keep_their_language_model_half(tmp_path, base):
+    train(tmp_path, base, num_members=2, peft_config=lora(), lm_coef=0.5)
+    halves = [AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"member_{i}" / "lm") for i in range(2)]
+    ids = torch.tensor([[5, 6, 7]])
+    one, other = (half(input_ids=ids).logits for half in halves)
+    assert not torch.allclose(one, other)
+    scores = load_reward_ensemble(tmp_path).mean(**texts())
+    assert len(scores) == 3 and len(set(scores)) == 3

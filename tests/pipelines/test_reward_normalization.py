@@ -165,3 +165,17 @@ def test_reference_answers_are_read_from_rows_and_end(tmp_path, sft):
     with pytest.raises(ValueError, match="prompts only.*reference_model_path.*completion"):
         load_samples(str(file), None, tiny_tokenizer())
     assert load_samples(None, None, tiny_tokenizer()) is None
+
+
+def test_the_reference_stops_where_the_policy_does(tmp_path):
+    """An instruct model ends its turn on an id that only its generation config names."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal_lm("llama", tokenizer)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, len(tokenizer))]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    samples = reference_samples(str(tmp_path), tokenizer, ["w1 ", "w2 "], max_new_tokens=12)
+    assert max(map(len, samples.completion_ids)) < 12 and not any(samples.truncated)
+    wide = tiny_tokenizer(words=tuple(f"x{i}" for i in range(200)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        reference_samples(str(tmp_path), wide, ["x1 "], max_new_tokens=2)

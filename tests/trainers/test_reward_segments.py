@@ -105,3 +105,19 @@ def test_what_cannot_be_cut_is_refused(tmp_path):
         build(tmp_path, [{**CUT, "truncated": "yes"}])
     with pytest.raises(ValueError, match=r"Row 0.*`completions\[1\]` is ''.*truncated"):
         build(tmp_path, [{**CUT, "completions": ["good", ""], "truncated": True}])
+
+
+def test_rows_of_ids_are_checked_like_any_others(tmp_path):
+    row = {"candidate_ids": [[5, 6, 7], [8, 9]], "completion_starts": [1, 0], "target": [1.0, 0.0], "ranking": None}
+    trainer = build(tmp_path, [{**row, "row": 0}] * 4)
+    assert trainer.preference_reports["train"].num_rows == 4
+    for change, words in (
+        ({"completion_starts": [3, 0]}, "completion_starts.*leave no token of candidates"),
+        ({"completion_starts": [1]}, "completion_starts"),
+        ({"target": [0.9, 0.0]}, "target"),
+        ({"target": None, "ranking": [0, 0]}, "ranking"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(tmp_path, [{**row, **change, "row": 0}])
+    with pytest.raises(ValueError, match="longer than `max_length=2`"):
+        build(tmp_path, [{**row, "row": 0}], max_length=2)

@@ -1,0 +1,1 @@
+"""The labelling page: a small ASGI application over the label store."""

@@ -1,0 +1,432 @@
+"""The label store: comparisons, who works on which, and labels that are never changed.
+
+Rules (docs/labels.md):
+
+- A claim gives a comparison to one annotator for a time (a lease). As many annotators hold or have labelled one as it
+  wants labels (`overlap`, 1 by default), never more, and nobody gets one that they have labelled or skipped.
+- Who holds a lease may answer. Without one (it ran out, or never was) a label is taken if a place is free that no
+  other annotator holds, and refused otherwise.
+- A label is a new row, always. A correction or an undo supersedes the row before; current labels are the rows that
+  nothing supersedes, undo rows left out. A skip is no label: the comparison goes on to somebody else.
+- A submission may carry a key; the same key again gives back the row it made the first time.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, func, select, update
+
+from . import queries
+from .answers import COUNTING, UNDO, check_answer
+from .database import Database
+from .records import (
+    Candidate,
+    Comparison,
+    Label,
+    LabelRefused,
+    NewComparison,
+    NewLabel,
+    Progress,
+    Task,
+    check_comparison,
+    check_name,
+    check_seconds,
+)
+from .schema import assignments, comparisons, labels
+
+
+__all__ = ["Candidate", "LabelRefused", "LabelStore", "NewComparison", "NewLabel"]
+
+LEASE_SECONDS = 900.0
+_CHUNK = 200  # rows of one transaction: others wait no longer than that takes
+
+
+class LabelStore:
+    """
+    Labels in a database: SQLite in a file by default, PostgreSQL by URL for teams.
+
+    Safe for many threads and many processes at once. When a method that writes has returned, its rows are on the disk;
+    when it raised or the process died, none of them is there.
+
+    Args:
+        location (`str`, `Path` or `sqlalchemy.URL`): a file such as `labels.db`, or
+            `postgresql://user@host/database`.
+        create (`bool`, *optional*, defaults to `True`): make the store where there is none; else that is an error.
+        clock (`Callable[[], float]`, *optional*): seconds since 1970, for tests of leases.
+
+    Raises:
+        ValueError: for a location that is none, or tables of another version.
+    """
+
+    def __init__(self, location: str | Path | URL, *, create: bool = True, clock: Callable[[], float] | None = None):
+        self.database = Database(location, create=create, clock=clock)
+
+    def __enter__(self) -> "LabelStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close idle connections; the store can be used again."""
+        self.database.engine.dispose()
+
+    # Work to be done
+
+    def add(self, new: Iterable[NewComparison], *, pool: str = "default") -> list[int]:
+        """
+        Add comparisons to a pool (a round, an import; a name of your choice).
+
+        One whose texts, policies and settings are in the pool already gives the id it has, and of its labels those of
+        annotators who have none there are added: a run that was killed in here is simply repeated.
+
+        Returns:
+            `list[int]`: one id per comparison, in order.
+        """
+        check_name("pool", pool)
+        ids: list[int] = []
+        for chunk in queries.chunks(new, _CHUNK):
+            answers = [check_comparison(item) for item in chunk]
+            with self.database.write(exclusive=True) as connection:
+                now = self.database.now(connection)
+                found, fresh = queries.insert_comparisons(connection, chunk, pool, now)
+                labelled = sorted({id for id, item in zip(found, chunk, strict=True) if item.labels})
+                for id in labelled:
+                    queries.lock(connection, id)
+                for id, item, values in zip(found, chunk, answers, strict=True):
+                    for label, value in zip(item.labels, values, strict=True):
+                        if id in fresh or queries.last_of_chain(connection, id, label.annotator) is None:
+                            queries.insert_label(
+                                connection,
+                                comparison_id=id,
+                                annotator=label.annotator,
+                                kind=label.kind,
+                                value=value,
+                                seconds=label.seconds,
+                                comment=label.comment,
+                                created=now,
+                            )
+                            queries.end_lease(connection, id, label.annotator, now)
+                    fresh.discard(id)  # twice in one call is once
+                if labelled:
+                    queries.count_missing(connection, labelled)
+            ids += found
+        return ids
+
+    def claim(self, annotator: str, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS) -> Task | None:
+        """
+        The next task of an annotator, or `None` if there is nothing for them to do now.
+
+        A task that they hold already is given again, the one claimed last first, and its lease begins anew: a page
+        that is loaded again shows what it showed.
+        """
+        return next(iter(self.claim_many(annotator, 1, pool=pool, lease_seconds=lease_seconds)), None)
+
+    def claim_many(
+        self, annotator: str, count: int, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS
+    ) -> list[Task]:
+        """Up to `count` tasks at once, as [`claim`] gives one; those held already are among them."""
+        check_name("annotator", annotator)
+        _check_lease(lease_seconds)
+        if count < 1:
+            raise ValueError(f"`count` is {count}. Ask for at least one task.")
+        # Others' rows are passed over first; waiting for them is only needed before one says that nothing is left.
+        for skip_locked in (True,) if self.database.is_sqlite else (True, False):
+            with self.database.write() as connection:
+                now = self.database.now(connection)
+                ids = list(dict.fromkeys(connection.execute(queries.held(annotator, now, pool)).scalars()))[:count]
+                ids += self._find(connection, annotator, now, pool, count - len(ids), set(ids), skip_locked)
+                if ids:
+                    queries.lease(connection, ids, annotator, now, now + lease_seconds)
+                    return queries.fetch_tasks(connection, ids, annotator, now)
+        return []
+
+    def _find(
+        self,
+        connection: Connection,
+        annotator: str,
+        now: float,
+        pool: str | None,
+        count: int,
+        held: set[int],
+        skip_locked: bool,
+    ) -> list[int]:
+        found: list[int] = []
+        seen = set(held)
+        query = queries.claimable(annotator, now, pool)
+        while len(found) < count:
+            open_query = query.where(comparisons.c.id.not_in(seen)) if seen else query
+            locked = list(
+                connection.execute(
+                    open_query.limit(count - len(found)).with_for_update(of=comparisons, skip_locked=skip_locked)
+                ).scalars()
+            )
+            if not locked:
+                break
+            seen.update(locked)
+            if self.database.is_sqlite:
+                found += locked
+                continue
+            # PostgreSQL chose by what it saw when the statement began; only now, with the row locked, does nobody
+            # lease or label it any more. A second statement sees what was committed in between.
+            found += connection.execute(query.where(comparisons.c.id.in_(locked))).scalars()
+        return found
+
+    def release(self, annotator: str, comparison_id: int) -> bool:
+        """Give a task back before its lease ends; whether the annotator held it."""
+        with self.database.write() as connection:
+            queries.lock(connection, comparison_id)
+            return queries.end_lease(connection, comparison_id, annotator, self.database.now(connection))
+
+    def set_overlap(self, overlap: int, *, pool: str | None = None) -> None:
+        """Ask for another number of labels per comparison. Labels beyond it stay, and so do leases given already."""
+        if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
+            raise ValueError(f"`overlap` is {overlap!r}. Give the number of labels wanted, at least 1.")
+        with self.database.write(exclusive=True) as connection:
+            query = select(comparisons.c.id).order_by(comparisons.c.id).with_for_update()
+            query = query if pool is None else query.where(comparisons.c.pool == pool)
+            for ids in queries.chunks(connection.execute(query).scalars().all(), _CHUNK):
+                connection.execute(update(comparisons).where(comparisons.c.id.in_(ids)).values(overlap=overlap))
+                queries.count_missing(connection, ids)
+
+    # Labels
+
+    def submit(
+        self,
+        annotator: str,
+        comparison_id: int,
+        kind: str,
+        value: Any = None,
+        *,
+        seconds: float | None = None,
+        comment: str | None = None,
+        shown: Sequence[int] | None = None,
+        key: str | None = None,
+        supersedes: int | None = None,
+    ) -> Label:
+        """
+        Store one answer.
+
+        Args:
+            annotator (`str`): who answers.
+            comparison_id (`int`): what was asked.
+            kind, value (`str`, `Any`): the answer, as in [`~feedback.answers.check_answer`]: positions in the stored
+                order.
+            seconds (`float`, *optional*): time the answer took.
+            comment (`str`, *optional*): free text.
+            shown (`Sequence[int]`, *optional*): stored positions in the order shown, to measure position bias.
+            key (`str`, *optional*): of the caller's choice, new for each answer. If the reply was lost, submit again
+                with the same key: the answer is stored once.
+            supersedes (`int`, *optional*): id of the annotator's own current label, which this one corrects.
+
+        Returns:
+            `Label`: the stored row.
+
+        Raises:
+            LabelRefused: see its `reason`.
+            ValueError: if the answer is none to this comparison.
+        """
+        check_name("annotator", annotator)
+        if comment is not None:
+            check_name("comment", comment, may_be_empty=True)
+        if key is not None:
+            check_name("key", key)
+        check_seconds(seconds)
+        with self.database.write(exclusive=True) as connection:
+            row = queries.lock(connection, comparison_id)
+            if row is None:
+                raise LabelRefused("unknown", f"There is no comparison {comparison_id} in {self.database}.")
+            now = self.database.now(connection)
+            value = check_answer(kind, value, row.num_candidates)
+            if shown is not None:
+                shown = check_answer("ranking", list(shown), row.num_candidates)
+            if key is not None and (known := _by_key(connection, annotator, key)) is not None:
+                if (known.comparison_id, known.kind, known.value) == (comparison_id, kind, value):
+                    return known
+                raise LabelRefused(
+                    "key", f"`key` {key!r} belongs to label {known.id}, another answer. Use a new key for each answer."
+                )
+            last = queries.last_of_chain(connection, comparison_id, annotator)
+            _check_chain(last, supersedes, annotator, comparison_id)
+            counted = last is not None and last.kind in COUNTING
+            if kind in COUNTING and not counted and not queries.has_place(connection, comparison_id, annotator, now):
+                raise LabelRefused(
+                    "taken",
+                    f"{annotator!r} has no lease on comparison {comparison_id} any more, and others have labelled it "
+                    f"or hold it ({row.missing} labels missing). Claim the next task.",
+                )
+            label = queries.insert_label(
+                connection,
+                comparison_id=comparison_id,
+                annotator=annotator,
+                kind=kind,
+                value=value,
+                seconds=seconds,
+                comment=comment,
+                shown=shown,
+                created=now,
+                supersedes=None if last is None else last.id,
+                key=key,
+            )
+            queries.end_lease(connection, comparison_id, annotator, now)
+            queries.count_missing(connection, [comparison_id])
+        return label
+
+    def undo(self, annotator: str, label_id: int, *, lease_seconds: float = LEASE_SECONDS) -> Label:
+        """
+        Take an own label back. The comparison is leased to the annotator, whose next [`claim`] gives it again.
+
+        Undoing the same label twice is undoing it once.
+
+        Returns:
+            `Label`: the row of kind `undo`.
+
+        Raises:
+            LabelRefused: `unknown` if it is no label of the annotator, `stale` if a correction stands in its place.
+        """
+        _check_lease(lease_seconds)
+        with self.database.write(exclusive=True) as connection:
+            label = _by_id(connection, label_id)
+            if label is None or label.annotator != annotator or label.kind == UNDO:
+                raise LabelRefused("unknown", f"Annotator {annotator!r} has no label {label_id}.")
+            queries.lock(connection, label.comparison_id)
+            now = self.database.now(connection)
+            row = connection.execute(
+                select(*queries.LABEL_COLUMNS).where(labels.c.supersedes == label_id)
+            ).one_or_none()
+            if row is not None:
+                newer = Label(*row)
+                if newer.kind == UNDO:
+                    return newer
+                raise LabelRefused("stale", f"Label {label_id} was replaced by label {newer.id}. Undo that one.")
+            undone = queries.insert_label(
+                connection,
+                comparison_id=label.comparison_id,
+                annotator=annotator,
+                kind=UNDO,
+                created=now,
+                supersedes=label_id,
+            )
+            queries.count_missing(connection, [label.comparison_id])
+            # A skip left its place to others; it may be theirs by now.
+            if queries.has_place(connection, label.comparison_id, annotator, now):
+                queries.lease(connection, [label.comparison_id], annotator, now, now + lease_seconds)
+        return undone
+
+    # What is there
+
+    def progress(self, annotator: str | None = None, *, pool: str | None = None) -> Progress:
+        """Counts for a progress bar and for a loop that waits for labels."""
+        with self.database.read() as connection:
+            now = self.database.now(connection)
+            where = [] if pool is None else [comparisons.c.pool == pool]
+            done = func.sum(comparisons.c.missing), func.count()
+            missing, total = connection.execute(select(*done).where(*where)).one()
+            complete = connection.execute(
+                select(func.count()).select_from(comparisons).where(comparisons.c.missing == 0, *where)
+            ).scalar_one()
+            held = (
+                select(func.count(func.distinct(comparisons.c.id)))
+                .select_from(assignments.join(comparisons))
+                .where(assignments.c.expires > now, *where)
+            )
+            kinds = (
+                select(labels.c.annotator, labels.c.kind, func.count())
+                .select_from(labels.join(comparisons))
+                .where(queries.is_current(), *where)
+                .group_by(labels.c.annotator, labels.c.kind)
+            )
+            counts = [0, 0, 0, 0]
+            for name, kind, count in connection.execute(kinds):
+                counts[kind == "skip"] += count
+                counts[2 + (kind == "skip")] += count if name == annotator else 0
+            last = connection.execute(select(func.max(labels.c.id))).scalar_one() or 0
+            leased = connection.execute(held).scalar_one()
+        return Progress(total, complete, missing or 0, leased, *counts, last)
+
+    def comparison(self, comparison_id: int) -> Comparison:
+        """One comparison with policies and settings.
+
+        Raises:
+            LabelRefused: `unknown`.
+        """
+        with self.database.read() as connection:
+            found = queries.fetch_comparisons(connection, [comparison_id])
+        if comparison_id not in found:
+            raise LabelRefused("unknown", f"There is no comparison {comparison_id} in {self.database}.")
+        return found[comparison_id]
+
+    def history(self, comparison_id: int) -> list[Label]:
+        """Every row of a comparison, superseded ones and undo rows too, oldest first."""
+        with self.database.read() as connection:
+            query = select(*queries.LABEL_COLUMNS).where(labels.c.comparison_id == comparison_id).order_by(labels.c.id)
+            return [Label(*row) for row in connection.execute(query)]
+
+    def labels_of(self, annotator: str, *, limit: int = 50, before: int | None = None) -> list[Label]:
+        """An annotator's own current labels, newest first; `before` is the id of the last one seen, for paging."""
+        query = select(*queries.LABEL_COLUMNS).where(labels.c.annotator == annotator, queries.is_current())
+        if before is not None:
+            query = query.where(labels.c.id < before)
+        with self.database.read() as connection:
+            return [Label(*row) for row in connection.execute(query.order_by(labels.c.id.desc()).limit(limit))]
+
+    def labels_since(self, cursor: int = 0, *, limit: int | None = None) -> list[Label]:
+        """
+        Rows added after `cursor`, oldest first, corrections and undo rows too; the last one's id is the next cursor.
+
+        Ids are given out in the order in which rows become visible, so no row is missed.
+        """
+        query = select(*queries.LABEL_COLUMNS).where(labels.c.id > cursor).order_by(labels.c.id)
+        with self.database.read() as connection:
+            return [Label(*row) for row in connection.execute(query if limit is None else query.limit(limit))]
+
+    def labelled(self, *, pool: str | None = None, since: int = 0) -> Iterator[tuple[Comparison, list[Label]]]:
+        """
+        Comparisons that were labelled (after the row `since`), each with all its current labels, in order of their id.
+
+        All of one moment, however long the caller takes. A comparison whose labels were all taken back comes with an
+        empty list.
+        """
+        query = select(labels.c.comparison_id).where(labels.c.id > since).distinct()
+        if pool is not None:
+            query = query.join(comparisons).where(comparisons.c.pool == pool)
+        with self.database.read() as connection:
+            ids = connection.execute(query.order_by(labels.c.comparison_id)).scalars().all()
+            for chunk in queries.chunks(ids, _CHUNK):
+                found, current = queries.fetch_comparisons(connection, chunk), queries.fetch_labels(connection, chunk)
+                yield from ((found[id], current[id]) for id in chunk)
+
+
+def _check_chain(last: Label | None, supersedes: int | None, annotator: str, comparison_id: int) -> None:
+    current = None if last is None or last.kind == UNDO else last.id
+    if current == supersedes:
+        return
+    if supersedes is None:
+        raise LabelRefused(
+            "labelled",
+            f"Annotator {annotator!r} has labelled comparison {comparison_id}: label {current}. To correct it, say "
+            f"`supersedes={current}`.",
+        )
+    raise LabelRefused(
+        "stale",
+        f"`supersedes` is {supersedes}, but the current label of annotator {annotator!r} on comparison "
+        f"{comparison_id} is {current}. Look at it again.",
+    )
+
+
+def _check_lease(lease_seconds: float) -> None:
+    if not (math.isfinite(lease_seconds) and lease_seconds > 0):
+        raise ValueError(f"`lease_seconds` is {lease_seconds}. Give a positive number of seconds.")
+
+
+def _by_key(connection: Connection, annotator: str, key: str) -> Label | None:
+    query = select(*queries.LABEL_COLUMNS).where(labels.c.annotator == annotator, labels.c.key == key)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else Label(*row)
+
+
+def _by_id(connection: Connection, label_id: int) -> Label | None:
+    row = connection.execute(select(*queries.LABEL_COLUMNS).where(labels.c.id == label_id)).one_or_none()
+    return None if row is None else Label(*row)

@@ -1,0 +1,52 @@
+"""Intervals of a share whose rows come in groups: several pairs of one prompt say less than as many prompts."""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+from .intervals import wilson_interval
+
+
+def effective_trials(credits: Sequence[float], groups: Sequence[Hashable]) -> float:
+    r"""How many independent rows say as much as these: n / (design effect), Kish 1965.
+
+    With p the mean credit and e_g = sum over the group of (credit - p), the mean has the variance
+    v = G / (G - 1) sum_g e_g^2 / n^2 over G groups; n independent successes or failures would have p (1 - p) / n. The
+    answer is p (1 - p) / v. Never more than n, nor than G where all credits agree and v is 0.
+
+    Args:
+        credits (`Sequence[float]`): From 0 to 1, one per row.
+        groups (`Sequence[Hashable]`): What the rows share, such as their prompt.
+
+    Raises:
+        ValueError: If there is no row, lengths differ or a credit is outside [0, 1].
+    """
+    n = len(credits)
+    if n == 0 or len(groups) != n:
+        raise ValueError(f"`groups` has {len(groups)} entries for {n} `credits`: give one for each, and at least one.")
+    wrong = [place for place, credit in enumerate(credits) if not 0.0 <= credit <= 1.0]
+    if wrong:
+        raise ValueError(f"`credits` is {credits[wrong[0]]} at {wrong[0]}: give numbers from 0 to 1.")
+    mean = math.fsum(credits) / n
+    sums: dict[Hashable, float] = defaultdict(float)
+    for credit, group in zip(credits, groups, strict=True):
+        sums[group] += credit - mean
+    count = len(sums)
+    variance = count / max(count - 1, 1) * math.fsum(e * e for e in sums.values()) / n**2
+    if count == 1 or variance <= 1e-15:
+        return float(count)
+    return max(1.0, min(float(n), mean * (1 - mean) / variance))
+
+
+def grouped_interval(credits: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """95% Wilson interval of the mean credit, with [`effective_trials`] in the place of the number of rows.
+
+    Credits of one half make it wider than it need be, never too narrow: of all credits in [0, 1] with one mean, those
+    of 0 and 1 spread most, and Wilson's variance is theirs.
+
+    Raises:
+        ValueError: As [`effective_trials`].
+    """
+    trials = effective_trials(credits, groups)
+    share = math.fsum(credits) / len(credits)
+    return wilson_interval(min(share, 1.0) * trials, trials)

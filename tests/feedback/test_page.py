@@ -1,0 +1,211 @@
+"""The labelling page by its calls: who may do what, what is stored, what is refused."""
+
+import json
+import stat
+
+import pytest
+from starlette.testclient import TestClient
+
+from rlhf_ext.feedback.page.accounts import Accounts, Sessions
+from rlhf_ext.feedback.page.app import MAX_BODY, build_app
+from rlhf_ext.feedback.page.server import is_loopback, serve
+from rlhf_ext.feedback.records import Candidate, NewComparison
+from rlhf_ext.feedback.store import LabelStore
+
+
+URL = "http://127.0.0.1:7860"
+
+
+@pytest.fixture
+def store(tmp_path):
+    with LabelStore(tmp_path / "labels.db") as store:
+        yield store
+
+
+def fill(store, count=3, size=4):
+    return store.add(
+        NewComparison(f"prompt {i}", [Candidate(f"answer {i}.{k}", policy=f"policy {k}") for k in range(size)])
+        for i in range(count)
+    )
+
+
+def client(store, name=None, password=None, **kwargs):
+    caller = TestClient(build_app(store, **kwargs), base_url=URL)
+    if name is not None:
+        answer = caller.post("/api/login", json={"name": name, "password": password})
+        assert answer.status_code == 200, answer.text
+    return caller
+
+
+def task_of(caller):
+    found = caller.post("/api/task", json={})
+    assert found.status_code == 200, found.text
+    return found.json()["task"]
+
+
+def test_a_label_is_of_the_answer_that_was_shown(store):
+    fill(store)
+    anna = client(store, "anna")
+    task = task_of(anna)
+    assert task_of(anna) == task  # a reload shows the same, in the same order
+    assert set(task) == {"comparison_id", "prompt", "completions"}  # no policy, nobody's label
+    chosen = task["completions"][2]
+    answer = {"comparison_id": task["comparison_id"], "kind": "best", "value": 2, "seconds": 3.5, "comment": "clear"}
+    found = anna.post("/api/label", json={**answer, "key": "k1"}).json()
+    assert found["progress"] == {"own": 1, "skipped": 0, "labels": 1, "wanted": 3}
+    again = anna.post("/api/label", json={**answer, "key": "k1"}).json()
+    assert again["label_id"] == found["label_id"]  # a lost reply is no second label
+    (label,) = store.labels_since()
+    stored = store.comparison(task["comparison_id"])
+    assert stored.candidates[label.value].completion == chosen
+    assert [stored.candidates[k].completion for k in label.shown] == task["completions"]
+    assert (label.annotator, label.seconds, label.comment) == ("anna", 3.5, "clear")
+
+
+def test_orders_differ_between_annotators_and_comparisons(store):
+    fill(store, 40)
+    orders = set()
+    for name in ("anna", "bo"):
+        caller = client(store, name)
+        for _ in range(20):
+            task = task_of(caller)
+            orders.add((name, tuple(text.split(".")[1] for text in task["completions"])))
+            caller.post("/api/label", json={"comparison_id": task["comparison_id"], "kind": "tie"})
+    assert len(orders) > 20  # 24 orders each
+    assert len({label.comparison_id for label in store.labels_since()}) == 40
+
+
+def test_rankings_ties_skips_and_undo(store):
+    fill(store)
+    anna = client(store, "anna")
+    task = task_of(anna)
+    call = {"comparison_id": task["comparison_id"], "kind": "ranking", "value": [3, 0, 2, 1]}
+    label_id = anna.post("/api/label", json=call).json()["label_id"]
+    stored, (label,) = store.comparison(task["comparison_id"]), store.labels_since()
+    ranked = [stored.candidates[k].completion for k in label.value]
+    assert ranked == [task["completions"][k] for k in (3, 0, 2, 1)]
+    assert anna.get("/api/labels").json()["labels"][0]["id"] == label_id
+    assert anna.post("/api/undo", json={"label_id": label_id}).json()["progress"]["own"] == 0
+    assert task_of(anna) == task
+    assert anna.post("/api/label", json={**call, "kind": "skip", "value": None}).status_code == 200
+    other = task_of(anna)
+    assert other["comparison_id"] != task["comparison_id"]
+    bo = client(store, "bo")
+    assert task_of(bo)["comparison_id"] == task["comparison_id"]  # what was skipped goes to somebody else
+    refused = bo.post("/api/undo", json={"label_id": label_id})
+    assert refused.status_code == 409 and refused.json()["reason"] == "unknown"
+    assert bo.get("/api/labels").json()["labels"] == []
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        ({"kind": "best", "value": 4}, "position"),
+        ({"kind": "best", "value": True}, "position"),
+        ({"kind": "ranking", "value": [0, 0, 1, 2]}, "every position"),
+        ({"kind": "undo"}, "kind"),
+        ({"kind": "tie", "seconds": -1}, "seconds"),
+        ({"kind": "tie", "comment": "x" * 4001}, "comment"),
+        ({"kind": "tie", "comment": ["x"]}, "comment"),
+    ],
+)
+def test_answers_that_are_none_are_named(store, call, words):
+    (first, *_) = fill(store)
+    anna = client(store, "anna")
+    answer = anna.post("/api/label", json={"comparison_id": first, **call})
+    assert answer.status_code == 400 and words in answer.json()["message"]
+    assert store.labels_since() == []
+    assert anna.post("/api/label", json={"comparison_id": "1", "kind": "tie"}).status_code == 400
+    assert anna.post("/api/label", json={"comparison_id": 99, "kind": "tie"}).status_code == 409
+
+
+def test_calls_from_elsewhere_are_refused(store):
+    fill(store)
+    anna = client(store, "anna")
+    evil = [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},  # another program on this machine
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ]
+    for headers in evil:
+        assert anna.post("/api/task", json={}, headers=headers).status_code == 403, headers
+    own = {"Origin": URL, "Sec-Fetch-Site": "same-origin"}
+    assert anna.post("/api/task", json={}, headers=own).status_code == 200
+    plain = anna.post("/api/task", content="{}", headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    assert anna.post("/api/task", content="[]", headers={"Content-Type": "application/json"}).status_code == 400
+    long = anna.post("/api/task", content=" " * (MAX_BODY + 1), headers={"Content-Type": "application/json"})
+    assert long.status_code == 413
+    # A foreign name that resolves to this machine
+    assert anna.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert anna.get("/api/labels").cookies == {}
+
+
+def test_every_answer_carries_the_policy(store):
+    caller = client(store)
+    for path in ("/", "/static/page.js", "/api/session", "/nothing"):
+        policy = caller.get(path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    assert caller.get("/", headers={"Host": "evil.example"}).headers["x-content-type-options"] == "nosniff"
+    assert "<script>" not in caller.get("/").text  # all of it from files, as the policy wants
+
+
+def test_nobody_labels_without_a_login(store, tmp_path):
+    fill(store)
+    assert client(store).post("/api/task", json={}).status_code == 401
+    accounts = Accounts(tmp_path / "users.json")
+    accounts.set_password("anna", "correct horse")
+    guarded = client(store, accounts=accounts)
+    assert guarded.get("/api/session").json()["needs_password"] is True
+    for name, password in (("anna", "wrong horse"), ("bo", "correct horse"), ("anna", "")):
+        assert guarded.post("/api/login", json={"name": name, "password": password}).status_code == 403
+    anna = client(store, "anna", "correct horse", accounts=accounts)
+    assert task_of(anna) is not None
+    cookie = anna.post("/api/login", json={"name": "anna", "password": "correct horse"}).headers["set-cookie"]
+    assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+    anna.post("/api/logout", json={})
+    assert anna.post("/api/task", json={}).status_code == 401
+    for _ in range(10):
+        guarded.post("/api/login", json={"name": "anna", "password": "wrong horse"})
+    late = guarded.post("/api/login", json={"name": "anna", "password": "correct horse"})
+    assert late.status_code == 429
+
+
+def test_passwords_are_hashed_in_a_file_of_ones_own(tmp_path):
+    accounts = Accounts(tmp_path / "users.json")
+    accounts.set_password("anna", "correct horse")
+    accounts.set_password("bo", "correct horse")
+    text = (tmp_path / "users.json").read_text()
+    assert "horse" not in text and stat.S_IMODE((tmp_path / "users.json").stat().st_mode) == 0o600
+    saved = json.loads(text)
+    assert saved["anna"]["hash"] != saved["bo"]["hash"]  # each with its own salt
+    assert accounts.check("anna", "correct horse") and not accounts.check("anna", "correct horse ")
+    accounts.set_password("anna", "another one")
+    assert not accounts.check("anna", "correct horse")
+    with pytest.raises(ValueError, match="8 or more"):
+        accounts.set_password("cy", "short")
+
+
+def test_sessions_end():
+    sessions = Sessions(seconds=0.0)
+    assert sessions.name_of(sessions.start("anna")) is None
+    sessions = Sessions()
+    token = sessions.start("anna")
+    assert (
+        sessions.name_of(token) == "anna" and sessions.name_of(token + "x") is None and sessions.name_of(None) is None
+    )
+    sessions.end(token)
+    assert sessions.name_of(token) is None
+
+
+def test_other_addresses_need_accounts(tmp_path):
+    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
+    assert not is_loopback("0.0.0.0") and not is_loopback("192.168.0.7") and not is_loopback("example.org")
+    with pytest.raises(ValueError, match="--host.*0.0.0.0.*label-user"):
+        serve(str(tmp_path / "labels.db"), host="0.0.0.0")
+    with pytest.raises(ValueError, match="holds no account"):
+        serve(str(tmp_path / "labels.db"), host="0.0.0.0", users=str(tmp_path / "users.json"))
+    with pytest.raises(ValueError, match="labels.db"):
+        serve(str(tmp_path / "labels.db"))
