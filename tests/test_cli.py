@@ -32,6 +32,17 @@ SURFACE = {
         "--num_processes": (1, int),
         "--sharding": ("none", None),
     },
+    "label": {
+        "--store": (None, None),
+        "--host": ("127.0.0.1", None),
+        "--port": (7860, int),
+        "--pool": (None, None),
+        "--guidelines": (None, None),
+        "--users": (None, None),
+        "--hostname": (None, None),
+        "--https": (False, None),
+    },
+    "label-user": {"--users": (None, None), "--name": (None, None)},
 }
 
 

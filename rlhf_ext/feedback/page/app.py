@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..records import LabelRefused, Task, check_name
+from ..records import LabelRefused, check_name
 from ..store import LabelStore
 from .accounts import Accounts, Sessions
 
@@ -99,10 +99,10 @@ def build_app(
     )
 
 
-def shown_order(annotator: str, task: Task) -> list[int]:
+def shown_order(annotator: str, comparison_id: int, size: int) -> list[int]:
     """Stored positions in the order in which one annotator sees them: random, and the same after a reload."""
-    seed = hashlib.sha256(json.dumps([annotator, task.comparison_id]).encode()).digest()
-    order = list(range(len(task.completions)))
+    seed = hashlib.sha256(json.dumps([annotator, comparison_id]).encode()).digest()
+    order = list(range(size))
     random.Random(seed).shuffle(order)
     return order
 
@@ -184,7 +184,7 @@ class _Page:
         task = self.store.claim(name, pool=self.pool)
         shown = None
         if task is not None:
-            order = shown_order(name, task)
+            order = shown_order(name, task.comparison_id, len(task.completions))
             shown = {
                 "comparison_id": task.comparison_id,
                 "prompt": task.prompt,
@@ -197,7 +197,7 @@ class _Page:
         comparison = self.store.comparison(_integer(body, "comparison_id"))
         if self.pool not in (None, comparison.pool):
             raise LabelRefused("unknown", f"Comparison {comparison.id} is not of the pool {self.pool!r}.")
-        order = _order_of(name, comparison.id, len(comparison.candidates))
+        order = shown_order(name, comparison.id, len(comparison.candidates))
         comment = body.get("comment")
         if comment is not None and (not isinstance(comment, str) or len(comment) > MAX_COMMENT):
             raise ValueError(f"`comment` has to be a text of at most {MAX_COMMENT} characters.")
@@ -259,11 +259,6 @@ async def _read_body(request: Request) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Refused(400, "invalid", "Send a JSON object.")
     return found
-
-
-def _order_of(annotator: str, comparison_id: int, size: int) -> list[int]:
-    task = Task(comparison_id, "", None, [""] * size, 0.0, 0.0)
-    return shown_order(annotator, task)
 
 
 def _stored(kind: Any, value: Any, order: list[int]) -> Any:

@@ -37,9 +37,12 @@ def serve(
     Raises:
         ValueError: another address than this machine's without accounts, or a file that is not there.
     """
-    import uvicorn
+    try:
+        import uvicorn
 
-    from .app import build_app
+        from .app import build_app
+    except ImportError as error:
+        raise ValueError(f'{error}. The labelling page is an extra: pip install "rlhf_ext[label]".') from error
 
     if not is_loopback(host) and users is None:
         raise ValueError(
