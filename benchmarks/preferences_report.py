@@ -40,7 +40,7 @@ QUESTIONS = [
     ("LM term 1 keeps them likely out of distribution", "pairs 512", "LM 1", OOD, "nll"),
     ("ties kept beat ties dropped", "ties kept", "ties dropped", ID, "accuracy"),
     (
-        "ties kept hold equal answers closer (|score difference| / sd)",
+        "ties kept hold equal answers closer (absolute score difference / sd)",
         "ties dropped",
         "ties kept",
         ID,
