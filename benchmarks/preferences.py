@@ -188,12 +188,13 @@ def measure(world: World, model: torch.nn.Module) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", type=Path, default=ROOT / "benchmarks" / "preference_arms.yaml")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, less one")
+    parser.add_argument("--first_seed", type=int, default=0, help="leave out the seeds before, for a second process")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/preferences"))
     args = parser.parse_args()
     spec, commit = read_arms(args.arms), commit_of_head()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):  # seed by seed, so that an interrupted comparison is a paired one
+    for seed in range(args.first_seed, args.seeds):  # seed by seed, so that an interrupted comparison is a paired one
         paths = {arm["name"]: args.output_dir / f"{slug(arm['name'])}-{seed}.json" for arm in spec["arms"]}
         todo = []
         for arm in spec["arms"]:

@@ -40,7 +40,7 @@ QUESTIONS = [
     ("LM term 1 keeps them likely out of distribution", "pairs 512", "LM 1", OOD, "nll"),
     ("ties kept beat ties dropped", "ties kept", "ties dropped", ID, "accuracy"),
     (
-        "ties kept hold equal answers closer (|score difference| / sd)",
+        "ties kept hold equal answers closer (absolute score difference / sd)",
         "ties dropped",
         "ties kept",
         ID,
@@ -115,12 +115,24 @@ def ensemble_numbers(runs: list[dict[str, Any]], name: str) -> dict[str, float]:
     differ = gold[:, 0] != gold[:, 1]
     order = chances[differ].argsort()
     quarters = [1 - accuracy_of(scores[differ][part], gold[differ][part]) for part in order.tensor_split(4)]
+    # What needs less than an ensemble: a small difference of scores, of the mean and of one member
+    single_scores, _ = pairs_of(members[0].tolist(), runs[0]["gold"][name])
     return {
         "mean": accuracy_of(scores, gold),
         "single": sum(singles) / len(singles),
         "spearman": spearman(spread.flatten(), (mean - truth).abs().flatten()),
         "quarters": quarters,
+        "sorted_by_disagreement": quarters[-1] - quarters[0],
+        "sorted_by_margin": _sorted_errors(scores[differ], gold[differ]),
+        "sorted_by_one_margin": _sorted_errors(single_scores[differ], gold[differ]),
     }
+
+
+def _sorted_errors(scores: torch.Tensor, gold: torch.Tensor) -> float:
+    """Error rate of the quarter of pairs with the smallest |score difference| less that of the largest."""
+    parts = (scores[:, 0] - scores[:, 1]).abs().argsort().tensor_split(4)
+    small, *_, large = [1 - accuracy_of(scores[part], gold[part]) for part in parts]
+    return small - large
 
 
 def _gap(scores: list[list[float]]) -> torch.Tensor:
@@ -205,6 +217,7 @@ def main() -> None:
     ensemble = {"title": "An ensemble of four on bootstraps: doubt against error", **shared, "rows": []}
     ensemble["columns"] = ["test set", "accuracy of the mean", "of one member", "mean less one member, paired"]
     ensemble["columns"] += ["rank correlation of spread and error", "errors by quarter of disagreement, low to high"]
+    ensemble["columns"] += ["last less first quarter", "by small margin of the mean", "by small margin of one member"]
     quarters = {}
     for part, title in ((ID, "as in training"), (OOD, "shifted prompts")):
         parts = [ensemble_numbers([found[m][seed] for m in MEMBERS], part) for seed in seeds]
@@ -217,11 +230,14 @@ def main() -> None:
                 text([p["mean"] - p["single"] for p in parts]),
                 text([p["spearman"] for p in parts]),
                 ", ".join(f"{sum(values) / len(values):.3f}" for values in quarters[title]),
+                *(text([p[f"sorted_by_{by}"] for p in parts]) for by in ("disagreement", "margin", "one_margin")),
             ]
         )
     ensemble["notes"] = [
         "Members normalised one by one to mean 0, standard deviation 1 on samples of the SFT model. Error: |mean of "
-        "the members - gold normalised the same way|. Disagreement: variance over members of P(first is better)."
+        "the members - gold normalised the same way|. Disagreement: variance over members of P(first is better).",
+        "The last three columns: error rate of the quarter of pairs with the most disagreement, or the smallest "
+        "|score difference|, less that of the opposite quarter; under one member the errors are its own.",
     ]
     for result, name in ((arms, ""), (claims, "_claims"), (ensemble, "_ensemble")):
         path = args.result.with_name(f"{args.result.stem}{name}.json")
@@ -254,6 +270,9 @@ def plot(table: dict, quarters: dict, path: str) -> None:
         bars = [[m - low for m, low, _ in centres], [high - m for m, _, high in centres]]
         axes[2].errorbar(range(1, 5), [m for m, _, _ in centres], yerr=bars, marker="o", capsize=3, label=title)
     axes[2].set(xlabel="quarter of pairs by disagreement of four members", ylabel="error rate", xticks=range(1, 5))
+    for axis, ticks in ((axes[0], (256, 512, 1024)), (axes[1], (512, 1024, 2048))):
+        axis.minorticks_off()
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

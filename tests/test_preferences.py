@@ -71,6 +71,15 @@ def test_an_ensemble_that_is_right_where_it_agrees():
     assert found["single"] == pytest.approx(7 / 8) and found["mean"] == pytest.approx(7 / 8)
     assert found["quarters"][:3] == [0.0, 0.0, 0.0] and found["quarters"][3] == 0.5
     assert found["spearman"] > 0.5
+    assert found["sorted_by_disagreement"] == 0.5
+
+
+def test_errors_sorted_by_margin_by_hand():
+    scores = torch.tensor([[4.0, 0.0], [0.0, 1.0], [0.0, 3.0], [2.0, 0.0]])
+    gold = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    # Margins 4, 3 and 2 are right, 1 is wrong
+    assert report._sorted_errors(scores, gold) == 1.0
+    assert report._sorted_errors(scores, 1 - gold) == -1.0
 
 
 def test_missing_runs_and_runs_of_other_settings_are_named(tmp_path):
