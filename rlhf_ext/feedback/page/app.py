@@ -8,6 +8,7 @@ comparison, and only the server knows the stored one.
 import hashlib
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ STATIC = Path(__file__).parent / "static"
 COOKIE = "rlhf_ext_session"
 MAX_BODY = 64 * 1024
 MAX_COMMENT = 4000
+PROGRESS_SECONDS = 2.0
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -134,6 +136,7 @@ class _Page:
         self.store, self.pool, self.guidelines = store, pool, guidelines
         self.accounts, self.secure_cookie = accounts, secure_cookie
         self.sessions = Sessions()
+        self._counted: dict[str, tuple[float, dict[str, int]]] = {}
 
     async def index(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
@@ -190,7 +193,7 @@ class _Page:
                 "prompt": task.prompt,
                 "completions": [task.completions[place] for place in order],
             }
-        return {"task": shown, "progress": self._progress(name)}
+        return {"task": shown, "progress": self._progress(name, may_be_old=True)}
 
     def label(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         name = self._annotator(request)
@@ -234,10 +237,16 @@ class _Page:
             raise Refused(401, "login", "Log in first.")
         return name
 
-    def _progress(self, name: str) -> dict[str, int]:
+    def _progress(self, name: str, may_be_old: bool = False) -> dict[str, int]:
+        """Counts for an annotator. The call that follows a label asks for them again, and gets what was counted then."""
+        counted = self._counted.get(name)
+        if may_be_old and counted is not None and counted[0] > time.monotonic() - PROGRESS_SECONDS:
+            return counted[1]
         found = self.store.progress(name, pool=self.pool)
         wanted = found.labels + found.missing
-        return {"own": found.own_labels, "skipped": found.own_skips, "labels": found.labels, "wanted": wanted}
+        progress = {"own": found.own_labels, "skipped": found.own_skips, "labels": found.labels, "wanted": wanted}
+        self._counted[name] = (time.monotonic(), progress)
+        return progress
 
 
 async def _read_body(request: Request) -> dict[str, Any]:
