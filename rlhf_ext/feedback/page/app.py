@@ -238,7 +238,7 @@ class _Page:
         return name
 
     def _progress(self, name: str, may_be_old: bool = False) -> dict[str, int]:
-        """Counts for an annotator. The call that follows a label asks for them again, and gets what was counted then."""
+        """Counts for an annotator; the call that follows a label asks again, and gets what was counted for that."""
         counted = self._counted.get(name)
         if may_be_old and counted is not None and counted[0] > time.monotonic() - PROGRESS_SECONDS:
             return counted[1]
