@@ -88,12 +88,15 @@ class PreferenceDataMixin:
         if isinstance(dataset, IterableDataset):
             return dataset
         report = PreferenceReport(num_rows=len(dataset))
-        dataset = dataset.map(check_candidate_ids, with_indices=True)
+        checked = dataset.map(check_candidate_ids, with_indices=True)
         limits = {"max_length": args.max_length, "context_length": self._context_length}
-        dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
-        self._check_options(dataset, args, dataset_name)
+        checked = drop_overlong(checked, report, overlong=args.overlong, **limits)
+        self._check_options(checked, args, dataset_name)
         self._report(dataset_name, report)
-        return dataset.select_columns([name for name in CANDIDATE_COLUMNS if name in dataset.column_names])
+        is_prepared = {*CANDIDATE_COLUMNS} - {"margin"} <= {*dataset.column_names} <= {*CANDIDATE_COLUMNS}
+        if is_prepared and len(checked) == len(dataset):
+            return dataset
+        return checked.select_columns([name for name in CANDIDATE_COLUMNS if name in checked.column_names])
 
     def _check_options(self, dataset: Dataset, args: PreferenceRewardConfig, dataset_name: str) -> None:
         wide = {row: len(ids) for row, ids in zip(dataset["row"], dataset["completion_starts"], strict=True)}

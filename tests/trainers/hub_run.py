@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.models.build import load_policy
@@ -34,6 +34,16 @@ PPO = {
     "gradient_checkpointing": False,
     "save_steps": 2,
 }
+
+
+class WaitForPush(TrainerCallback):
+    """`Trainer` uploads in the background what the next save overwrites; on a slow machine that would mix two steps."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._finish_current_push()
 
 
 def lora() -> LoraConfig:
@@ -89,6 +99,7 @@ def push(folder: Path) -> dict:
         train_dataset=rows,
         peft_config=lora(),
     )
+    one_base.add_callback(WaitForPush(one_base))
     one_base.train()
     one_base.push_to_hub(dataset_name=str(folder / "rows.jsonl"))
     found["one_base"] = [logits(one_base.model), role(one_base, "critic"), role(one_base, "reward")]
