@@ -37,7 +37,7 @@ PPO = {
 
 
 class WaitForPush(TrainerCallback):
-    """`Trainer` uploads in the background what the next save overwrites; on a slow machine that would mix two steps."""
+    """`Trainer` uploads in the background what the next save overwrites: a slow machine would mix two steps."""
 
     def __init__(self, trainer):
         self.trainer = trainer
