@@ -56,7 +56,7 @@ def accuracy_table(arms: dict[str, list[dict[str, Any]]], data: Path) -> dict[st
     targets = [row["target"] for row in test]
     systems = {}
     for arm, runs in arms.items():
-        systems[f"{ARMS[arm]}, {len(runs)} seeds"] = torch.stack(
+        systems[f"{ARMS[arm]}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"] = torch.stack(
             [credits_of([run["scores"]["test"][i] for i in keep], targets) for run in runs]
         )
     longer = [[float(len(text)) for text in row["completions"]] for row in test]
