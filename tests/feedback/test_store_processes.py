@@ -87,7 +87,7 @@ def test_processes_label_everything_once(location):
         current = [label.comparison_id for _, group in store.labelled() for label in group]
         assert sorted(current) == list(range(1, 81))  # each once, none left
         assert len(store.labels_since()) == len({line[1] for line in acknowledged})  # and no row but those
-        # They took turns. Not equal ones: SQLite lets whoever asks first write, and on a busy machine one may get none.
+        # They took turns, not equal ones: SQLite lets whoever asks first write, and one may get none on a busy machine
         assert sum(lines > 1 for lines in did) >= 2
         check_whole(store, acknowledged)
 
