@@ -15,7 +15,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..functional.ai_feedback import clamp_label, judge_probabilities, position_bias, swap_average
+from ..functional.ai_feedback import (
+    clamp_label,
+    judge_probabilities,
+    position_bias,
+    swap_average,
+    swap_disagreement,
+)
 from ..models.generation import end_token_ids, sample_completions
 from ..models.positions import positions_from_mask
 from .constitution import Principle
@@ -176,8 +182,6 @@ class AIJudge:
         each = swap_average(first_as_a, second_as_a)
         if self.clamp is not None:
             each = clamp_label(each, low=self.clamp[0], high=self.clamp[1])
-        sides = torch.sign(first_as_a - 0.5) * torch.sign(0.5 - second_as_a)
-        sides = torch.where((first_as_a == 0.5) & (second_as_a == 0.5), 1.0, sides)  # undecided in both agrees
         size = 2 * self.principles_per_pair
         return Verdicts(
             targets=each.mean(dim=1).tolist(),
@@ -185,7 +189,7 @@ class AIJudge:
             second_as_a=second_as_a,
             principles=[[principle.name for principle in principles] for principles, _ in drawn],
             position_bias=position_bias(first_as_a, second_as_a).item(),
-            swap_disagreement=((1 - sides) / 2).mean().item(),
+            swap_disagreement=swap_disagreement(first_as_a, second_as_a).item(),
             thoughts=[thoughts[start : start + size] for start in range(0, len(thoughts), size)],
         )
 

@@ -59,6 +59,18 @@ def position_bias(first_as_a: torch.Tensor, second_as_a: torch.Tensor) -> torch.
     return ((first_as_a + second_as_a) / 2).mean() - 0.5
 
 
+def swap_disagreement(first_as_a: torch.Tensor, second_as_a: torch.Tensor) -> torch.Tensor:
+    """Share of questions whose winner depends on the order, 0-d: 1 where it turns round, 0.5 where one order is
+    undecided, 0 where both say the same or are both undecided.
+
+    Raises:
+        ValueError: As [`swap_average`].
+    """
+    for name, value in (("first_as_a", first_as_a), ("second_as_a", second_as_a)):
+        _check_probability(name, value, first_as_a.shape)
+    return ((torch.sign(first_as_a - 0.5) - torch.sign(0.5 - second_as_a)).abs() / 2).mean()
+
+
 def clamp_label(probabilities: torch.Tensor, *, low: float = 0.4, high: float = 0.6) -> torch.Tensor:
     """Labels between `low` and `high`: after a chain of thought a judge is sure of everything (Bai et al. 2022, 4.1).
 

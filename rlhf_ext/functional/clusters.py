@@ -50,3 +50,18 @@ def grouped_interval(credits: Sequence[float], groups: Sequence[Hashable]) -> tu
     trials = effective_trials(credits, groups)
     share = math.fsum(credits) / len(credits)
     return wilson_interval(min(share, 1.0) * trials, trials)
+
+
+def grouped_standard_error(values: Sequence[float], group_size: int) -> float:
+    """Of the mean, over groups of `group_size` values in a row: sd of the groups' means / sqrt(groups); NaN for one.
+
+    Raises:
+        ValueError: If the values do not divide into such groups, or there are none.
+    """
+    if group_size < 1 or not values or len(values) % group_size:
+        raise ValueError(f"{len(values)} `values` are no groups of {group_size}.")
+    means = [math.fsum(values[i : i + group_size]) / group_size for i in range(0, len(values), group_size)]
+    center = math.fsum(means) / len(means)
+    if len(means) == 1:
+        return math.nan
+    return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from . import _checks as checks
+from .ai_feedback import swap_disagreement
 from .clusters import grouped_interval
 from .intervals import wilson_interval
 
@@ -99,6 +100,23 @@ def length_statistics(scores: torch.Tensor, lengths: torch.Tensor, targets: torc
     }
 
 
+def predicted_preference(gaps: torch.Tensor, *, factor: float = 1.0, noise: float = 0.0) -> torch.Tensor:
+    """P(first is better) = (1 - noise) sigmoid(factor x gap) + noise / 2 (Christiano et al. 2017, Sec. 2.2.3).
+
+    Args:
+        gaps (`torch.Tensor`): score of the first less score of the second.
+        factor (`float`): what turns a gap into the log-odds that were trained, above 0.
+        noise (`float`): chance that the labeller answers at random, from 0 to below 1.
+
+    Raises:
+        ValueError: If `factor` is not positive or `noise` leaves its range.
+    """
+    checks.check_tensor("gaps", gaps)
+    checks.check_scalar("factor", factor, above=0.0)
+    checks.check_scalar("noise", noise, minimum=0.0, maximum=1.0)
+    return (1 - noise) * (factor * gaps).sigmoid() + noise / 2
+
+
 def calibration(probabilities: torch.Tensor, targets: torch.Tensor, *, num_bins: int = 10) -> dict[str, object]:
     r"""Expected calibration error and the table of a reliability plot (Guo et al. 2017, Eq. 3 and Sec. 2).
 
@@ -183,9 +201,8 @@ def win_rate(wins: torch.Tensor, *, swapped: torch.Tensor | None = None) -> dict
         checks.check_tensor("swapped", swapped, wins.shape)
         _check_unit("swapped", swapped)
         other = swapped.double()
-        change = (torch.sign(credits - 0.5) - torch.sign(other - 0.5)).abs() / 2
         extra = {
-            "disagreement": change.mean().item(),
+            "disagreement": swap_disagreement(credits, 1 - other).item(),
             "position_bias": ((credits - other) / 2).mean().item(),
         }
         credits = (credits + other) / 2

@@ -13,7 +13,7 @@ from ..data.candidates import tokenize_candidates
 from ..data.evaluation_rows import H_NAMES, Pair, evaluation_rows, h_of, pairs_of_row, sources_of
 from ..data.loading import prompt_key
 from ..functional.clusters import grouped_interval
-from ..functional.pairs import calibration, length_statistics, pair_credits
+from ..functional.pairs import calibration, length_statistics, pair_credits, predicted_preference
 from ..models.build import shortest_context
 from ..models.ensembles import is_reward_ensemble
 from ..models.hub import is_inside_repo, local_folder
@@ -105,7 +105,7 @@ def evaluate_reward_model(
     targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
     # In the unit of training, where a difference of scores is a log-odds; a gain saved afterwards is another one.
     factor, noise = log_odds_of(reward.model)
-    chances = (1 - noise) * (factor * gaps).sigmoid() + noise / 2
+    chances = predicted_preference(gaps, factor=factor, noise=noise)
     result["calibration"] = calibration(chances, targets, num_bins=num_bins)
     if sources is not None:
         for name in sorted(set(sources)):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..data.prompts import check_prompts, check_tokenizer
 from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
+from ..functional.clusters import grouped_standard_error
 from ..functional.pairs import paired_wins, win_rate
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
@@ -150,7 +151,7 @@ def evaluate_policy(
         values = scorer.score(samples, tokenizer, repeated, settings.batch_size)
         found.scores[scorer.name] = values
         found.metrics[f"score/{scorer.name}"] = sum(values) / len(values)
-        found.metrics[f"score/{scorer.name}_se"] = _standard_error(values, settings.num_samples)
+        found.metrics[f"score/{scorer.name}_se"] = grouped_standard_error(values, settings.num_samples)
     if reference is not None:
         found.metrics |= reference_metrics(model, reference, samples, tokenizer, settings)
     found.metrics |= text_metrics(samples, settings)
@@ -174,7 +175,7 @@ def reference_metrics(
         if s.temperature != 1.0:
             of_reference = completion_logps(reference.model, samples, **kwargs).double()
         log_ratio = completion_logps(model, samples, **kwargs).double() - of_reference
-        found |= {"kl": log_ratio.mean().item(), "kl_se": _standard_error(log_ratio.tolist(), s.num_samples)}
+        found |= {"kl": log_ratio.mean().item(), "kl_se": grouped_standard_error(log_ratio.tolist(), s.num_samples)}
     return found
 
 
@@ -268,12 +269,6 @@ def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: 
         max_completion_length=max_length,
         max_positions=shortest_context(model),
     )
-
-
-def _standard_error(values: list[float], num_samples: int) -> float:
-    """Of the mean, over prompts: answers to one prompt are alike."""
-    means = torch.tensor(values, dtype=torch.float64).view(-1, num_samples).mean(dim=1)
-    return (means.var(unbiased=True) / len(means)).sqrt().item() if len(means) > 1 else float("nan")
 
 
 def _endings(samples: Samples):

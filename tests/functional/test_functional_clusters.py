@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlhf_ext.functional.clusters import effective_trials, grouped_interval
+from rlhf_ext.functional.clusters import effective_trials, grouped_interval, grouped_standard_error
 from rlhf_ext.functional.intervals import wilson_interval
 
 
@@ -55,3 +55,11 @@ def test_interval_holds_its_promise_under_groups():
 def test_bad_input_is_named(credits, groups, words):
     with pytest.raises(ValueError, match=words):
         effective_trials(credits, groups)
+
+
+def test_standard_error_over_groups_by_hand():
+    # Means 1 and 3 of two groups: sd sqrt(2), over sqrt(2)
+    assert grouped_standard_error([0.0, 2.0, 3.0, 3.0], 2) == pytest.approx(1.0)
+    assert math.isnan(grouped_standard_error([1.0, 2.0], 2))
+    with pytest.raises(ValueError, match="3 `values` are no groups of 2"):
+        grouped_standard_error([1.0, 2.0, 3.0], 2)
