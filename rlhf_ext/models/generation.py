@@ -117,6 +117,23 @@ def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
     return tokenizer.pad({"input_ids": ids["input_ids"]}, padding=True, padding_side="left", return_tensors="pt")
 
 
+def completion_text(tokenizer: PreTrainedTokenizerBase, samples: Samples, place: int) -> str:
+    """A sample's text as it joins its prompt: with a space in front where the text alone would be read otherwise.
+
+    Many tokenizers leave out the space of the first word when they decode, and prompt and completion would grow into
+    one word where a reward model reads them.
+    """
+    prompt, text = samples.prompts[place], samples.texts[place]
+    if not isinstance(prompt, str):
+        return text
+    ids = [*samples.prompt_ids[place], *samples.completion_ids[place]]
+    ids = ids if samples.truncated[place] else ids[:-1]
+    for joined in (text, f" {text}"):
+        if tokenizer(prompt + joined)["input_ids"] == ids:
+            return joined
+    return text
+
+
 @torch.no_grad()
 def completion_logps(
     model: nn.Module, samples: Samples, *, pad_token_id: int, temperature: float = 1.0, batch_size: int = 256

@@ -1,0 +1,199 @@
+"""One run of the loop on disk: its arguments, prompts and folders. Every step reads what it needs from here."""
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from ..data.loading import holdout_by_prompt, load_rows, require_columns
+from ..data.loop_arguments import LoopArguments
+from ..data.prompts import check_tokenizer
+from ..feedback.store import LabelStore
+from .finished_runs import digest_of, run_once
+
+
+SETTINGS_FILE, MANIFEST_FILE, ROWS_FILE = "settings.json", "manifest.json", "rows.jsonl"
+STEPS = ("samples", "selection", "labels", "reward", "policy", "evaluation")
+SFT = "sft"
+
+# What may differ when a run is called again: no step that is finished depends on it.
+_MAY_CHANGE = ("output_dir", "num_rounds", "wait_for_labels", "launch_config", "store", "label_share")
+
+
+class LoopRun:
+    """
+    The folder of a run, and what was asked for.
+
+    Args:
+        args ([`LoopArguments`]), model_args ([`~trl.ModelConfig`]): the flags; `model_name_or_path` is the SFT policy.
+    """
+
+    def __init__(self, args: LoopArguments, model_args: ModelConfig):
+        self.args, self.model_args = args, model_args
+        self.folder = Path(args.output_dir)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LoopRun":
+        """The run that stands in `folder`, for a step in a process of its own.
+
+        Raises:
+            ValueError: there is none.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.exists():
+            raise ValueError(f"{str(folder)!r} has no {SETTINGS_FILE}: it is no run of the loop.")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return cls(LoopArguments(**{**saved["loop"], "output_dir": str(folder)}), ModelConfig(**saved["model"]))
+
+    def save_settings(self) -> None:
+        """Write what was asked for.
+
+        Raises:
+            ValueError: the folder holds a run with other settings.
+        """
+        asked = json.loads(json.dumps({"loop": asdict(self.args), "model": asdict(self.model_args)}, default=str))
+        path = self.folder / SETTINGS_FILE
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            odd = {
+                name: f"{before[part].get(name)} before, {value} now"
+                for part, values in asked.items()
+                for name, value in values.items()
+                if name not in _MAY_CHANGE and before[part].get(name) != value
+            }
+            if odd:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds a run with other settings: {odd}. Choose another `output_dir`, or "
+                    "give the settings it was started with."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(asked, indent=1))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what a finished step holds."""
+        loop = {name: value for name, value in asdict(self.args).items() if name not in _MAY_CHANGE}
+        return {"loop": loop, "model": asdict(self.model_args), "prompts": self.digest}
+
+    def step(self, round_: int, name: str) -> Path:
+        """Folder of a step."""
+        return self.folder / f"round_{round_}" / name
+
+    def rows_of(self, round_: int, name: str) -> list[dict[str, Any]]:
+        """What a finished step wrote."""
+        return read_jsonl(self.step(round_, name) / ROWS_FILE)
+
+    def once(self, round_: int, name: str, work: Any) -> dict[str, Any]:
+        """The record of a step, which is done unless it is finished."""
+        return run_once(
+            self.step(round_, name), {**self.settings, "round": round_, "step": name}, lambda aside: work(aside)
+        )
+
+    def seed(self, round_: int, name: str) -> int:
+        """Seed of a step: another one for every round and step."""
+        return random.Random(f"{self.args.seed} {round_} {name}").randrange(2**31)
+
+    # Prompts
+
+    @cached_property
+    def _prompts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        rows = load_rows(self.args.dataset_name, split=self.args.dataset_train_split, config=self.args.dataset_config)
+        require_columns(rows, ["prompt"], what="the prompts")
+        if self.args.max_rows is not None:
+            rows = rows.select(range(min(self.args.max_rows, len(rows))))
+        if self.args.eval_dataset_name is not None:
+            held = load_rows(self.args.eval_dataset_name)
+            require_columns(held, ["prompt"], what="the held-out prompts")
+        else:
+            rows, held = holdout_by_prompt(rows, self.args.eval_fraction or 0.05, self.args.seed)
+        return list(rows), list(held)[: self.args.max_eval_prompts]
+
+    @property
+    def train_prompts(self) -> list[dict[str, Any]]:
+        """Rows of prompts to label and to train on."""
+        return self._prompts[0]
+
+    @property
+    def eval_prompts(self) -> list[dict[str, Any]]:
+        """Rows of held-out prompts, the same in every round."""
+        return self._prompts[1]
+
+    @cached_property
+    def digest(self) -> list[str | None]:
+        """Of both lists of prompts: other prompts make another run."""
+        return [digest_of(self.train_prompts), digest_of(self.eval_prompts)]
+
+    def prompts_of(self, round_: int, count: int) -> list[dict[str, Any]]:
+        """`count` prompts for a round: in a fixed random order, round after round, from the start again at the end."""
+        order = list(range(len(self.train_prompts)))
+        random.Random(f"{self.args.seed} prompts").shuffle(order)
+        start = (round_ - 1) * count
+        return [self.train_prompts[order[place % len(order)]] for place in range(start, start + count)]
+
+    # Parts that several steps share
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the SFT policy."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.model_args.model_name_or_path,
+            revision=self.model_args.model_revision,
+            trust_remote_code=self.model_args.trust_remote_code,
+        )
+        check_tokenizer(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        return tokenizer
+
+    @property
+    def temperature(self) -> float:
+        """Of all sampling: the policy is labelled and measured as it is trained."""
+        return float(self.args.ppo.get("temperature", 1.0))
+
+    @property
+    def max_completion_length(self) -> int:
+        """Of all sampling, in tokens."""
+        return int(self.args.ppo.get("max_completion_length", 256))
+
+    def open_store(self) -> LabelStore:
+        """The label store of the run."""
+        return LabelStore(self.args.store or self.folder / "labels.db")
+
+    def pool(self, round_: int) -> str:
+        """Name of a round in the store, which other runs may share."""
+        return f"{self.folder.resolve().name}/round-{round_}"
+
+    def prompt_dataset(self) -> Dataset:
+        """The prompts that PPO trains on; other columns reach the reward functions, reference answers do not."""
+        rows = Dataset.from_list(self.train_prompts)
+        return rows.remove_columns([name for name in ("completion",) if name in rows.column_names])
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows, one a line, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows that [`write_jsonl`] wrote."""
+    # Not `splitlines`, which also breaks at characters that a text may hold.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
