@@ -19,7 +19,7 @@ class StepRecord:
         folder (`Path`): where it stands when it is finished.
         state (`str`): `finished`, `started` (its unfinished folder is there) or `missing`.
         result (`dict`): what it recorded; empty unless finished.
-        seconds (`float`, *optional*): how long it took, where the manifest says so.
+        seconds (`float`, *optional*): how long it took, where it is finished and the manifest says so.
     """
 
     folder: Path
@@ -132,9 +132,10 @@ def text_of(text: Any) -> str:
 
 
 def _read_step(folder: Path, number: int, name: str, seconds: Any) -> StepRecord:
-    step = StepRecord(folder / f"round_{number}" / name, seconds=seconds if is_number(seconds) else None)
+    step = StepRecord(folder / f"round_{number}" / name)
     if (step.folder / "run.json").exists():
         step.state, step.result = "finished", _read_dict(step.folder / "run.json").get("result") or {}
+        step.seconds = seconds if is_number(seconds) else None
     elif step.folder.with_name(f"_unfinished_{name}").exists():
         step.state = "started"
     return step

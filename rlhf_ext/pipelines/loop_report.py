@@ -104,7 +104,7 @@ def settings_section(settings: dict[str, Any]) -> str:
 
 def rounds_table(record: LoopRecord) -> str:
     """Measures down, rounds across."""
-    labels, rewards = record.results("labels"), record.results("reward")
+    labels, rewards, chosen = record.results("labels"), record.results("reward"), record.results("selection")
     evaluations = record.results("evaluation")
     rounds = sorted(record.rounds)
     lines: list[tuple[str, dict[int, str]]] = []
@@ -113,6 +113,9 @@ def rounds_table(record: LoopRecord) -> str:
         total += labels[number].get("labels") or 0
         so_far[number] = str(total)
     lines.append(("labels so far", so_far))
+    for name in ("mean", "selected"):
+        shown = {n: number_text(found.get(f"disagreement_{name}")) for n, found in chosen.items()}
+        lines.append((f"ensemble's disagreement, {'all samples' if name == 'mean' else 'those selected'}", shown))
     for name in ("ties", "incomparable"):
         lines.append((f"of this round: {name}", {n: _count(found.get(name)) for n, found in labels.items()}))
     for name in ("percent", "alpha"):

@@ -16,7 +16,7 @@ td { overflow-wrap: break-word; vertical-align: top; } td.text { white-space: pr
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
-.plots img { width: 100%; } .good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
+.plots figure { margin: 0; } .plots img { width: 100%; } .good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
 .wide { overflow-x: auto; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .6rem; }
 .card { border: 1px solid #dde3ea; border-radius: .4rem; padding: .5rem .7rem; min-width: 0; }

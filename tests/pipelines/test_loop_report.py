@@ -61,7 +61,7 @@ def add_step(run, number, step, result):
 
 def add_round(run, number):
     add_step(run, number, "samples", {})
-    add_step(run, number, "selection", {"candidates": 20, "selected": 10})
+    add_step(run, number, "selection", {"candidates": 20, "disagreement_mean": None, "disagreement_selected": 0.5})
     labels = {
         "labels": 10,
         "ties": 1,
@@ -138,6 +138,8 @@ def test_the_table_by_round(run):
     page = loop_page(read_loop(run))
     assert row_of(page, "labels so far") == ["-", "10", "20", "30"]
     assert row_of(page, "agreement, share of pairs") == ["-", "0.810", "0.820", "0.830"]
+    assert row_of(page, "ensemble&#x27;s disagreement, those selected") == ["-", "0.500", "0.500", "0.500"]
+    assert "disagreement, all samples" not in page  # a line without a number
     assert row_of(page, "reward model: held-out accuracy") == ["-", "0.750", "0.800", "0.850"]
     assert row_of(page, "score by gold") == ["0.300 ± 0.020", "0.550 ± 0.020", "0.620 ± 0.020", "-"]
     assert row_of(page, "win rate over SFT by gold") == ["-", "0.550 [0.450, 0.630]", "0.620 [0.520, 0.700]", "-"]
@@ -154,7 +156,9 @@ def test_what_is_next(run):
     )
     (run / "round_3" / "_unfinished_policy").rmdir()
     shutil.rmtree(run / "round_2" / "reward")
-    assert "Next: round 2, reward (not started)." in progress(read_loop(run))
+    record = read_loop(run)
+    assert "Next: round 2, reward (not started)." in progress(record)
+    assert record.rounds[2]["reward"].seconds is None  # of a folder that was removed
     add_round(run, 3)
     add_round(run, 2)
     assert progress(read_loop(run)) == "3 of 3 rounds are finished."
