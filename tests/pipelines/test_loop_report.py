@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_ext import cli
+from rlhf_ext.feedback.exchange import export_rows
+from rlhf_ext.feedback.records import Candidate, NewComparison
+from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.pipelines.loop_record import read_loop, read_rows
 from rlhf_ext.pipelines.loop_report import loop_page, progress, write_loop_report
 from rlhf_ext.pipelines.loop_report_plots import function_scorers, policy_plots, round_plots
@@ -209,6 +212,23 @@ def test_comparisons_show_every_kind_of_label(run):
     for said in ("best; 2 labels", "tie; 2 labels", "shares of the votes", "cannot be compared", "▲ 0.75", "▲ best"):
         assert said in section
     assert "<b>round_1 (cut)</b>" in section
+
+
+def test_rows_of_a_real_store(run):
+    """What the label store exports, message prompts and rankings among it."""
+    with LabelStore(run / "labels.db") as store:
+        pair = [Candidate("one", "sft"), Candidate([{"role": "assistant", "content": "two"}], "round_1")]
+        labels = [("ranking", [2, 0, 1]), ("best", 1), ("tie", None), ("incomparable", None)]
+        for place, (kind, value) in enumerate(labels):
+            three = [*pair, Candidate("three", "sft")] if kind == "ranking" else pair
+            store.add([NewComparison(PROMPTS[1] if place else "Rank", three, copy=place)])
+            task = store.claim(f"anna-{place}")
+            store.submit(f"anna-{place}", task.comparison_id, kind, value)
+        write_rows(run / "round_1" / "labels" / "rows.jsonl", list(export_rows(store)))
+    section = loop_page(read_loop(run)).split("how it was labelled</h2>")[1].split("<summary>Round 2")[0]
+    for said in ("ranking; 1 label", "▲ 1<", ">2</div>", "▲ best", "tie; 1 label", "cannot be compared; 1 label"):
+        assert said in section, said
+    assert "user: Hello!" in section and ">two</div>" in section
 
 
 def test_plots(run):
