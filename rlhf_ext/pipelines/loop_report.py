@@ -117,7 +117,9 @@ def rounds_table(record: LoopRecord) -> str:
         shown = {n: number_text(found.get(f"disagreement_{name}")) for n, found in chosen.items()}
         lines.append((f"ensemble's disagreement, {'all samples' if name == 'mean' else 'those selected'}", shown))
     for name in ("ties", "incomparable"):
-        lines.append((f"of this round: {name}", {n: _count(found.get(name)) for n, found in labels.items()}))
+        lines.append(
+            (f"{name} among the labels of the round", {n: _count(found.get(name)) for n, found in labels.items()})
+        )
     for name in ("percent", "alpha"):
         shown = {n: number_text((found.get("agreement") or {}).get(name)) for n, found in labels.items()}
         lines.append(("agreement, share of pairs" if name == "percent" else "agreement, Krippendorff's alpha", shown))

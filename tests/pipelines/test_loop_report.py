@@ -157,7 +157,11 @@ def test_what_is_next(run):
     assert progress(record) == (
         "2 of 3 rounds are finished. Next: round 3, policy (started, not finished). Steps missing: 2."
     )
+    shutil.rmtree(run / "round_0" / "evaluation")
+    assert "Next: round 3, policy (started, not finished). Steps missing: 3." in progress(read_loop(run))
     (run / "round_3" / "_unfinished_policy").rmdir()
+    assert "Next: round 0, evaluation (not started)." in progress(read_loop(run))
+    add_evaluation(run, 0)
     shutil.rmtree(run / "round_2" / "reward")
     record = read_loop(run)
     assert "Next: round 2, reward (not started)." in progress(record)
