@@ -76,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     user.add_argument("--users", required=True, help="file of accounts")
     user.add_argument("--name", required=True, help="the annotator's name")
+    report = commands.add_parser(
+        "report",
+        help="one HTML page over all rounds of a run of the loop",
+        description="Write one self-contained HTML page over the rounds of a run, finished or not.",
+    )
+    report.add_argument("run", help="folder of the run")
+    report.add_argument("--output", help="HTML file (default: report.html in the folder of the run)")
     return parser
 
 
@@ -85,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     commands = {"quickstart": _quickstart, "merge": _merge, "env": _env, "label": _label, "label-user": _label_user}
+    commands["report"] = _report
     return commands[args.command](args)
 
 
@@ -107,6 +115,17 @@ def _label_user(args: argparse.Namespace) -> int:
         set_user(args.users, args.name)
     except (ValueError, OSError) as error:
         print(f"rlhf-ext label-user: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .pipelines.loop_report import write_loop_report
+
+    try:
+        print(write_loop_report(args.run, args.output))
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext report: {error}", file=sys.stderr)
         return 1
     return 0
 

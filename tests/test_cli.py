@@ -43,6 +43,7 @@ SURFACE = {
         "--https": (False, None),
     },
     "label-user": {"--users": (None, None), "--name": (None, None)},
+    "report": {"run": (None, None), "--output": (None, None)},
 }
 
 
@@ -54,7 +55,7 @@ def commands():
 def test_flags_and_defaults():
     found = {
         name: {
-            action.option_strings[0]: (action.default, action.type)
+            (action.option_strings or [action.dest])[0]: (action.default, action.type)
             for action in command._actions
             if not isinstance(action, argparse._HelpAction)
         }
@@ -67,7 +68,7 @@ def test_every_flag_has_help():
     for name, command in commands().items():
         assert command.description, name
         for action in command._actions:
-            assert action.help, f"{name} {action.option_strings}"
+            assert action.help, f"{name} {action.option_strings or action.dest}"
 
 
 @pytest.mark.parametrize(

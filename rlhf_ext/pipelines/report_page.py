@@ -15,9 +15,14 @@ th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #dde3
 td { overflow-wrap: break-word; vertical-align: top; } td.text { white-space: pre-wrap; min-width: 8rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
-.plots img { width: 100%; } .good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.plots figure { margin: 0; } .plots img { width: 100%; }
+.good { color: #0a7d38; } .bad { color: #b3261e; } .note { color: #55636f; }
 .wide { overflow-x: auto; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .6rem; }
+.card { border: 1px solid #dde3ea; border-radius: .4rem; padding: .5rem .7rem; min-width: 0; }
+.words { white-space: pre-wrap; overflow-wrap: anywhere; } .prompt { margin: 1.2rem 0; }
+.asked { margin: 0 0 .4rem; font-weight: 600; } summary { cursor: pointer; overflow-wrap: anywhere; }
 """
 
 
