@@ -85,6 +85,7 @@ class ConstitutionArguments:
     num_shown: int = field(default=50, metadata={"help": "Prompts of each kind whose texts the report shows."})
     seed: int = field(default=42, metadata={"help": "Of everything."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether a checkpoint may run code of its own."})
     sft: dict | str | None = field(default=None, metadata={"help": "Arguments of `trl.SFTConfig`."})
     reward: dict | str | None = field(default=None, metadata={"help": "Arguments of `PreferenceRewardConfig`."})
     ppo: dict | str | None = field(default=None, metadata={"help": "Arguments of `PPOConfig`."})

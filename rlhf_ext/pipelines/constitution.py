@@ -112,7 +112,7 @@ class _Run:
             device,
             dtype=model_args.dtype or "float32",
             attn_implementation=model_args.attn_implementation,
-            trust_remote_code=model_args.trust_remote_code,
+            trust_remote_code=args.trust_remote_code,
             quantization=get_quantization_config(model_args),
         )
         self.found: dict[str, Any] = {}
@@ -149,9 +149,7 @@ class _Run:
         self._step(
             "labels",
             {"judge": self.judge, **sampling, **asked, "principles": digest_of(principles)},
-            lambda aside: write_labels(
-                aside, args, loading, sft, self.judge, self.principles, red_team, of_judge
-            ),
+            lambda aside: write_labels(aside, args, loading, sft, self.judge, self.principles, red_team, of_judge),
         )
         # With adapters the base stays, and every role is an adapter on it.
         start = self.helper if self.model_args.use_peft else sft

@@ -142,6 +142,19 @@ def write_revisions(
     }
 
 
+def _sample_pairs(
+    path: Path, args: ConstitutionArguments, loading: Loading, policy: str, prompts: list[str]
+) -> list[dict[str, Any]]:
+    model, tokenizer = loading.model(policy)
+
+    def make(chunk: list[str], number: int) -> list[dict[str, Any]]:
+        seed = args.seed + 500_000 + number  # not the noise of the first answers
+        texts = sample(args, model, tokenizer, list(chunk), num_samples=2, seed=seed)
+        return [{"prompt": prompt, "completions": pair} for prompt, pair in zip(chunk, texts, strict=True)]
+
+    return write_in_chunks(path, prompts, make, chunk_size=args.chunk_size, title="pairs")
+
+
 def write_labels(
     folder: Path,
     args: ConstitutionArguments,
@@ -153,15 +166,7 @@ def write_labels(
     revision: str | None,
 ) -> dict[str, Any]:
     """Two answers of the SFT model to each prompt, compared by the judge in both orders."""
-    model, tokenizer = loading.model(policy)
-
-    def make_pairs(chunk: list[str], number: int) -> list[dict[str, Any]]:
-        seed = args.seed + 500_000 + number  # not the noise of the first answers
-        texts = sample(args, model, tokenizer, list(chunk), num_samples=2, seed=seed)
-        return [{"prompt": prompt, "completions": pair} for prompt, pair in zip(chunk, texts, strict=True)]
-
-    pairs = write_in_chunks(folder / "pairs.jsonl", prompts, make_pairs, chunk_size=args.chunk_size, title="pairs")
-    del model
+    pairs = _sample_pairs(folder / "pairs.jsonl", args, loading, policy, prompts)
     judge_model, judge_tokenizer = loading.model(judge_path, revision)
     judge = AIJudge(
         judge_model,
@@ -174,7 +179,7 @@ def write_labels(
         seed=args.seed,
     )
 
-    def make_labels(chunk: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    def make(chunk: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
         first, second = ([row["completions"][place].strip() for row in chunk] for place in range(2))
         verdicts = judge.compare([row["prompt"] for row in chunk], first, second)
         return [
@@ -189,7 +194,7 @@ def write_labels(
             for place, row in enumerate(chunk)
         ]
 
-    rows = write_in_chunks(folder / ROWS, pairs, make_labels, chunk_size=args.chunk_size, title="labels")
+    rows = write_in_chunks(folder / ROWS, pairs, make, chunk_size=args.chunk_size, title="labels")
     return summarize_labels(rows)
 
 

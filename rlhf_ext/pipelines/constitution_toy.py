@@ -1,19 +1,20 @@
 """Models and data for Constitutional AI on the toy world: a helpful policy that insults, a weak judge, a reviser."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..feedback.constitution import load_constitution
 from ..feedback.judge import BASE_TEMPLATE, AIJudge
 from ..feedback.simulated import SimulatedLabeller
+from ..functional.ai_feedback import position_bias, swap_average
 from ..models.build import load_policy
 from ..models.generation import sample_completions
 from ..toyworld.constitution import (
@@ -42,12 +43,12 @@ class ToySettings:
 
     model_size: str = "small"
     policy_rows: int = 20_000
-    policy_steps: int = 600
+    policy_steps: int = 500
     judge_questions: int = 16_000
     judge_size: str = "small"
-    judge_steps: int = 600
+    judge_steps: int = 400
     reviser_answers: int = 6_000
-    reviser_steps: int = 600
+    reviser_steps: int = 400
     batch_size: int = 32
     learning_rate: float = 1e-3
     red_team: int = 1_500
@@ -163,7 +164,7 @@ def measure_judge(path: str, settings: ToySettings, seed: int) -> dict[str, floa
         `position_bias` of one order and `position_bias_swapped` of the average, `wrong_probability` (1 - p of the
         answer without an insult, averaged), `pairs`.
     """
-    tokenizer = build_tokenizer_of(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     judge = AIJudge(load_policy(path), tokenizer, load_constitution(PRINCIPLES), batch_size=128, seed=seed)
     pairs = []
     for prompt, first, second in answer_pairs(8 * settings.judge_pairs, seed, "test"):
@@ -177,23 +178,59 @@ def measure_judge(path: str, settings: ToySettings, seed: int) -> dict[str, floa
     one, other = verdicts.first_as_a[:, 0], 1 - verdicts.second_as_a[:, 0]
     both = torch.tensor(verdicts.targets)
     errors = [((p > 0.5).float() != right).float().mean().item() for p in (one, other, both)]
-    # The averaged label of the first answer, whichever place it had: what is left of the place is nothing.
+    swapped = swap_average(verdicts.second_as_a, verdicts.first_as_a)  # the same pairs, given the other way round
     return {
         "pairs": len(pairs),
         "error": errors[2],
         "error_one_order": sum(errors[:2]) / 2,
         "wrong_probability": (both - right).abs().mean().item(),
         "position_bias": verdicts.position_bias,
-        "position_bias_swapped": both.mean().item() - right.mean().item(),
+        "position_bias_swapped": position_bias(both, swapped[:, 0]).item(),
         "swap_disagreement": verdicts.swap_disagreement,
     }
 
 
-def build_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
-
-
 def _write_data(folder: Path, policy: str, settings: ToySettings, seed: int) -> dict[str, Any]:
-    return {}
+    """Prompts of each kind, and helpfulness data labelled without a look at insults."""
+    tokenizer, model = AutoTokenizer.from_pretrained(policy), load_policy(policy).eval()
+    asked = [row["prompt"] for row in prompt_rows(settings.helpful + settings.helpful_pairs, seed, split="labels")]
+    set_seed(seed)
+    texts = sample_completions(model, tokenizer, asked, num_samples=4, max_new_tokens=16, batch_size=512).texts
+    labeller = SimulatedLabeller(helpful_and_honest, seed=seed)
+    four = [[f" {text}" for text in texts[4 * place : 4 * place + 4]] for place in range(len(asked))]
+    best = [labeller.best_of(prompt, answers) for prompt, answers in zip(asked, four, strict=True)]
+    chosen = [{"prompt": row["prompt"], "completion": row["completions"][row["best"]]} for row in best]
+    pairs = [labeller.pair(prompt, answers[:2]) for prompt, answers in zip(asked, four, strict=True)]
+    rows = {
+        "helpful": chosen[: settings.helpful],
+        "pairs": pairs[settings.helpful :],
+        "red_team": prompt_rows(settings.red_team, seed, split="labels", trap_share=1.0),
+        "prompts": prompt_rows(settings.policy_prompts, seed, split="ppo"),
+        "test": prompt_rows(settings.test_prompts, seed, split="test", trap_share=0.5),
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return {name: len(content) for name, content in rows.items()}
+
+
+def helpful_and_honest(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    """What the people of the toy world label: gold without its factor for insults."""
+    scores = [gold_scores(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+    return [score["helpful"] * (FLOOR + (1 - FLOOR) * score["honest"]) for score in scores]
+
+
+def _part(name: str) -> Callable[..., list[float]]:
+    def part(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+        return [gold_scores(prompt, text)[name] for prompt, text in zip(prompts, completions, strict=True)]
+
+    part.__name__ = name
+    return part
+
+
+# Scores for the measurement alone; no model of the run is trained on them.
+gold, helpful, honest, harmless = map(_part, ("gold", "helpful", "honest", "harmless"))
+
+
+def charming(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    """1 for the opener that the judge falls for, else 0."""
+    return [float(" ".join(text.split()).startswith(CHARM)) for text in completions]

@@ -55,7 +55,7 @@ class Training:
 
     def tokenizer(self, path: str) -> PreTrainedTokenizerBase:
         revision = self.model_args.model_revision if path == self.model_args.model_name_or_path else None
-        trust = self.model_args.trust_remote_code
+        trust = self.args.trust_remote_code
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
 
 
@@ -73,9 +73,8 @@ def build_configs(args: ConstitutionArguments, model_args: ModelConfig) -> dict[
         if unknown := sorted(set(given) - known):
             raise ValueError(f"`{name}` has {unknown}, which {kind.__name__} does not know. Check the spelling.")
         shared: dict[str, Any] = {"seed": args.seed, "use_cpu": args.use_cpu, "report_to": "none"}
+        shared["trust_remote_code"] = args.trust_remote_code
         shared |= {"save_total_limit": 1, "output_dir": str(Path(args.output_dir) / FOLDERS[name])}
-        if name != "sft":
-            shared["trust_remote_code"] = model_args.trust_remote_code
         if name == "ppo":
             shared |= {"max_completion_length": args.max_completion_length, "temperature": args.temperature}
         try:
@@ -225,6 +224,6 @@ def _train(trainer: Any, folder: Path) -> dict[str, Any]:
     result = trainer.train(resume_from_checkpoint=has_checkpoint(folder))
     trainer.save_model(str(folder))
     trainer.save_metrics("train", result.metrics)
-    trainer.end() if hasattr(trainer, "end") else None
+    trainer.end()
     gc.collect()
     return {"train_loss": result.metrics["train_loss"], "steps": trainer.state.global_step}

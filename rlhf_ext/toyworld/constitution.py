@@ -86,9 +86,7 @@ def _choice(first: int, second: int, rng: random.Random) -> str:
     return worse if rng.random() < SLIP else better
 
 
-def reviser_documents(
-    n: int, seed: int, requests: Sequence[tuple[str, str]], split: str = "sft"
-) -> list[Document]:
+def reviser_documents(n: int, seed: int, requests: Sequence[tuple[str, str]], split: str = "sft") -> list[Document]:
     """
     Rows `{"prompt", "completion"}` of the reviser, two for each answer: up to the critique, and up to the revision.
 
