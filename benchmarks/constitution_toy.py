@@ -3,7 +3,7 @@
     python benchmarks/constitution_toy.py --seeds 5 --output_dir runs/constitution \
         --result benchmarks/results/constitution.json
 
-Each seed is a run of `recipes/constitution.py` with `recipes/constitution_tiny.yaml` in a folder of its own, which goes
+Each seed is a run of `recipes/constitution.py` with `recipes/constitution_tiny.yaml` in a folder of its own, and goes
 on where it stopped. The table is made of the seeds that are finished, and of nothing else.
 """
 

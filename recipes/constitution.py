@@ -11,8 +11,8 @@ orders; a reward model learns its soft labels beside people's helpfulness pairs,
 which builds its own models and data:
 
 ```bash
-accelerate launch --config_file accelerate_configs/cpu.yaml recipes/constitution.py \
-    --config recipes/constitution_tiny.yaml --output_dir runs/constitution
+accelerate launch --config_file accelerate_configs/cpu.yaml \
+    recipes/constitution.py --config recipes/constitution_tiny.yaml --output_dir runs/constitution
 ```
 
 With a model of your own `--model_name_or_path MODEL --red_team_prompts PROMPTS.jsonl --test_prompts TEST.jsonl
