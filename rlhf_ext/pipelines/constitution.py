@@ -51,6 +51,11 @@ def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> di
         raise ValueError(
             f"{state.num_processes} processes were started; Constitutional AI runs in one (--num_processes 1)."
         )
+    if args.toy == bool(model_args.model_name_or_path):
+        raise ValueError(
+            f"`model_name_or_path` is {model_args.model_name_or_path!r} and `toy` is {args.toy}: give the helpful "
+            "policy, or let the toy world build it."
+        )
     configs = build_configs(args, model_args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,12 +38,11 @@ class Loading:
         """A language model, full or an adapter, and its tokenizer. The base is quantised if the run's models are, and
         an adapter's as it was in training."""
         check_model_name(path, "model path", revision)
-        options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE)))
+        options = as_loading_option(read_base_quantization(find_file(path, QUANTIZATION_FILE, revision)))
         if not options and self.quantization is not None:
             options = {"quantization_config": self.quantization}
-        options |= {"dtype": self.dtype, "revision": revision}
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
+        given = {"dtype": self.dtype, "revision": revision, "attn_implementation": self.attn_implementation}
+        options |= {name: value for name, value in given.items() if value is not None}
         model = load_policy(path, trust_remote_code=self.trust_remote_code, **options).requires_grad_(False).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
         check_tokenizer(tokenizer)

@@ -11,12 +11,14 @@ from trl import ModelConfig
 
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.feedback.constitution import load_constitution
-from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge
-from rlhf_ext.pipelines import constitution
+from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge, Verdicts
+from rlhf_ext.pipelines import constitution, constitution_texts, constitution_training
 from rlhf_ext.pipelines.chunked_rows import read_rows, write_in_chunks
 from rlhf_ext.pipelines.constitution import run_constitution
 from rlhf_ext.pipelines.constitution_evaluation import NAMES
 from rlhf_ext.pipelines.constitution_report import write_constitution_report
+from rlhf_ext.pipelines.constitution_texts import Loading, write_labels
+from rlhf_ext.pipelines.constitution_training import Training, build_configs, train_policy, train_reward, train_sft
 from rlhf_ext.toyworld.constitution import PRINCIPLES, extra_words, judge_documents, reviser_documents
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
@@ -295,6 +297,8 @@ def test_wrong_input_is_refused_before_the_first_step(world, tmp_path, changes, 
 
 
 def test_what_a_run_cannot_do_is_said(world, tmp_path, whole, monkeypatch):
+    with pytest.raises(ValueError, match="`model_name_or_path` is None and `toy` is False"):
+        run_constitution(options(world, tmp_path), ModelConfig())
     lora = {"use_peft": True, "lora_target_modules": ["q_proj"]}
     with pytest.raises(ValueError, match="reward_aggregation='sum'"):
         run_constitution(options(world, tmp_path, reward={"reward_aggregation": "sum"}), model(world, **lora))
@@ -312,9 +316,78 @@ def test_what_a_run_cannot_do_is_said(world, tmp_path, whole, monkeypatch):
 
 
 def test_soft_labels_and_pairs_stand_in_one_data_set():
-    from rlhf_ext.pipelines.constitution_training import _together
-
     judged = [{"prompt": "a", "completions": ["b", "c"], "target": [0.7, 0.3]}]
     people = [{"prompt": "d", "completions": ["e", "f"], "target": [1, 0]}]
-    mixed = _together(judged, people)
+    mixed = constitution_training._together(judged, people)
     assert isinstance(mixed, Dataset) and mixed["target"][:] == [[0.7, 0.3], [1.0, 0.0]]
+
+
+class Caught(Exception):
+    """Stops a step where its trainer would be built."""
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """What the next trainer is given."""
+    given = {}
+
+    def trainer(**kwargs):
+        given.update(kwargs)
+        raise Caught
+
+    for name in ("CompleteSFTTrainer", "PreferenceRewardTrainer", "PPOTrainer"):
+        monkeypatch.setattr(constitution_training, name, trainer)
+    return given
+
+
+def test_trainers_get_the_last_revision_the_soft_labels_and_all_prompts(world, tmp_path, caught):
+    args, path, home = options(world, tmp_path, reward_funcs=None), tmp_path / "rows.jsonl", f"{world}/model"
+    training = Training(args, model(world), build_configs(args, model(world)))
+    rounds = [{"principle": "a", "critique": "b", "revision": text} for text in ("first", "last")]
+    rows = [{"prompt": "p ?", "answer": " a", "rounds": rounds}, {"prompt": "q ?", "answer": " a", "rounds": rounds}]
+    rows[1] = {**rows[1], "rounds": [rounds[0], {**rounds[1], "revision": " "}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(Caught):
+        train_sft(tmp_path, training, home, path)
+    helpful = read_rows_of(world / "rows.jsonl")
+    assert caught["train_dataset"].to_list() == [{"prompt": "p ?", "completion": " last"}, *helpful]
+    assert caught["model"] == home
+    rows = [
+        {"prompt": "p ?", "completions": ["one", " two"], "target": [0.7, 0.3], "principles": ["a"]},
+        {"prompt": "q ?", "completions": ["same", "same"], "target": [0.6, 0.4], "principles": ["a"]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(Caught):
+        train_reward(tmp_path, training, home, path)
+    first, *people = caught["train_dataset"].to_list()
+    assert first == {"prompt": "p ?", "completions": [" one", " two"], "target": [0.7, 0.3]}
+    pairs = read_rows_of(world / "pairs.jsonl")
+    assert [row["completions"] for row in people] == [[row["chosen"], row["rejected"]] for row in pairs]
+    assert all(row["target"] == [1.0, 0.0] for row in people)
+    with pytest.raises(Caught):
+        train_policy(tmp_path, training, home, "the reward", ["a", "b"])
+    assert caught["model"] == home and caught["reward_funcs"] == "the reward" and caught["reward_adapter"] is None
+    assert caught["train_dataset"]["prompt"][:] == ["a", "b"]
+
+
+def test_a_label_speaks_of_the_first_answer(world, tmp_path, monkeypatch):
+    """A judge that is sure of the longer answer, asked without the space that an answer begins with."""
+
+    class Longer:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def compare(self, prompts, first, second):
+            assert all(text == text.strip() for text in (*first, *second))
+            wins = [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+            shares = torch.tensor(wins)[:, None]
+            return Verdicts(wins, shares, 1 - shares, [["length"]] * len(wins), 0.0, 0.0, [["", ""]] * len(wins))
+
+    monkeypatch.setattr(constitution_texts, "AIJudge", Longer)
+    texts = {"a": ["long answer", "x"], "b": ["y", "much longer"]}
+    monkeypatch.setattr(constitution_texts, "sample", lambda args, m, t, prompts, **_: [texts[p] for p in prompts])
+    args, loading = options(world, tmp_path), Loading(torch.device("cpu"))
+    found = write_labels(tmp_path, args, loading, f"{world}/model", f"{world}/model", [], ["a", "b"], None)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["completions"], row["target"]) for row in rows] == [(texts["a"], [1, 0]), (texts["b"], [0, 1])]
+    assert found["label_entropy"] == 0 and found["certainty"] == 1 and found["swap_disagreement"] == 0
