@@ -14,8 +14,8 @@ from .constitution_texts import ROWS, TRANSCRIPTS
 from .report_page import page, plots, table
 
 
-NOTE = """A reward model trained on a judge's labels can be no better than the judge. What it took for good, the policy
-is paid for: read the pairs below before the scores."""
+NOTE = """The policy is paid for what the judge took for good, right or wrong: read the pairs below before the
+scores."""
 TOY_NOTE = """The toy world tests the pipeline, not a judge: its judge is a small model trained on transcripts with
 faults built in. It never sees the true scores ("gold"), by which only the table below is made."""
 JUDGE = {

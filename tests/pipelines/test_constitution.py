@@ -161,7 +161,7 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
         step = getattr(constitution, name)
         monkeypatch.setattr(constitution, name, lambda *a, name=name, step=step: (done.append(name), step(*a))[1])
     compare, step = AIJudge.compare, PPOTrainer.training_step
-    asked = []
+    asked, trained = [], []
 
     def killed_at_the_second_chunk(self, *args, **kwargs):
         asked.append(args[0])
@@ -180,6 +180,8 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
     def killed_behind_a_checkpoint(self, *args, **kwargs):
         if self.state.global_step == 3 and "again" not in done:
             raise Killed
+        if "again" in done:
+            trained.append(self.state.global_step)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(PPOTrainer, "training_step", killed_behind_a_checkpoint)
@@ -193,6 +195,7 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
         *("write_responses", "write_revisions", "train_sft", "train_reward", "train_policy"),
         *("again", "train_policy"),
     ]
+    assert min(trained) == 2  # from the checkpoint on
     assert weights(output) == weights(whole[0])
     assert found["labels"] == whole[1]["labels"] and found["evaluation"] == whole[1]["evaluation"]
     assert not list(output.glob("_unfinished*"))
