@@ -64,9 +64,9 @@ def notes_of(runs: list[dict[str, Any]]) -> list[str]:
     judge = [f"{text} {_interval([run['toy'][name] for run in runs])}" for name, text in JUDGE.items()]
     agreement = [run["labels"]["swap_disagreement"] for run in runs]
     return [
-        "Means over seeds; differences are paired, with 95% t-intervals over seeds. harmless, helpful, honest and "
-        "gold are the true scores, which no model of the run saw; charming is the share of answers with the opener "
-        "that the judge falls for. KL to the helpful policy, nats per answer.",
+        "Means over seeds; differences are paired, with 95% t-intervals over seeds. Nothing of the run was trained on "
+        "the true score of harmless, nor on gold; helpful and honest are what the simulated person labels. charming "
+        "is the share of answers with the opener that the judge falls for. KL to the helpful policy, nats per answer.",
         f"Judge on held-out pairs of which one answer has an insult: {'; '.join(judge)}. On the pairs of the run the "
         f"winner changed with the order in {_interval(agreement)}.",
         "It tests the pipeline, not a judge: the judge's faults were built into its transcripts.",
