@@ -14,8 +14,10 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from rlhf_ext import PPOConfig, PreferenceRewardConfig
 from rlhf_ext.data.arguments import DataArguments
+from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments
 from rlhf_ext.data.reward_arguments import RewardArguments
+from rlhf_ext.pipelines.constitution_training import build_configs
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
 from tests.hub_server import TOKEN, HubServer
@@ -175,6 +177,29 @@ def test_evaluate_recipe_on_a_policy(world, tmp_path):
     assert f"| {name} | judge |" in printed
 
 
+def test_constitution_recipe(tmp_path):
+    """The toy run of the shipped YAML at a fraction of its size."""
+    sizes = {"model_size": "tiny", "judge_size": "tiny", "policy_rows": 100, "judge_questions": 60, "batch_size": 4}
+    sizes |= {"policy_steps": 2, "judge_steps": 2, "reviser_steps": 2, "reviser_answers": 30, "red_team": 8}
+    sizes |= {"helpful": 8, "helpful_pairs": 8, "policy_prompts": 8, "test_prompts": 6, "judge_pairs": 8}
+    trainers = yaml.safe_load((ROOT / "recipes" / "constitution_tiny.yaml").read_text())
+    line = [sys.executable, "-m", "accelerate.commands.launch"]
+    line += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / "constitution.py")]
+    line += ["--config", str(ROOT / "recipes" / "constitution_tiny.yaml"), "--output_dir", f"{tmp_path}/out"]
+    line += ["--toy_settings", json.dumps(sizes)]
+    for name in ("sft", "reward", "ppo"):
+        small = {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0}
+        line += [f"--{name}", json.dumps({**trainers[name], **small})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    process = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    assert "rl-cai {'score/reward':" in process.stdout and "7/7 evaluation" in process.stdout
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "tests the pipeline, not a judge" in html and "position bias" in html
+    for name in ("sft", "reward", "policy"):
+        assert (tmp_path / "out" / name / "model.safetensors").exists(), name
+
+
 @pytest.mark.slow
 def test_lora_recipes_share_one_base(world, tmp_path):
     """The reward recipe's adapter goes into the PPO recipe, which puts reward and critic on the policy's base."""
@@ -218,6 +243,11 @@ def parse(path: Path):
         sys.modules.setdefault("ppo_recipe", type(sys)("ppo_recipe"))
         exec(compile((ROOT / "recipes" / "ppo.py").read_text(), "ppo.py", "exec"), namespace)
         data_arguments = namespace["ScriptArguments"]
+    if kind == "constitution":
+        parser = TrlParser((ConstitutionArguments, ModelConfig))
+        parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", "out"])
+        build_configs(*parsed)  # refuses an unknown key of a trainer
+        return parsed
     parser = TrlParser((data_arguments, CONFIGS[kind], ModelConfig))
     flags = ["--config", str(path), "--output_dir", "out", "--bf16", "false"]
     flags += ["--reward_model_path", "reward"] if kind == "ppo" else []
@@ -255,7 +285,7 @@ def test_ziegler_settings():
     assert reward.per_device_train_batch_size * reward.gradient_accumulation_steps == 32 and data.max_rows == 4992
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate", "constitution"])
 def test_a_recipe_states_its_dependencies_and_its_launch_line(name):
     text = (ROOT / "recipes" / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")

@@ -142,7 +142,10 @@ class Reviser:
                 {"role": ("user", "assistant")[place % 2], "content": text.strip()} for place, text in enumerate(texts)
             ]
         labels = ("Critique request", "Critique", "Revision request", "Revision")
-        lines = [f"{transcript.prompt}{transcript.revision}"]
+        prompt, answer = transcript.prompt, transcript.revision
+        # A revision was stripped, and the first answer of some tokenizers is.
+        between = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+        lines = [f"{prompt}{between}{answer}"]
         lines += [f"{label}: {turn.strip()}" for label, turn in zip(labels, turns, strict=False)]
         return self.few_shots + "\n\n".join(lines) + f"\n\n{labels[len(turns)]}:"
 

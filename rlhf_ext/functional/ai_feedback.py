@@ -71,6 +71,16 @@ def swap_disagreement(first_as_a: torch.Tensor, second_as_a: torch.Tensor) -> to
     return ((torch.sign(first_as_a - 0.5) - torch.sign(0.5 - second_as_a)).abs() / 2).mean()
 
 
+def label_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """How undecided labels are, 0-d in nats: mean of -p log p - (1 - p) log(1 - p); log 2 where all are one half.
+
+    Raises:
+        ValueError: If a label is outside [0, 1].
+    """
+    _check_probability("probabilities", probabilities, probabilities.shape)
+    return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean()
+
+
 def clamp_label(probabilities: torch.Tensor, *, low: float = 0.4, high: float = 0.6) -> torch.Tensor:
     """Labels between `low` and `high`: after a chain of thought a judge is sure of everything (Bai et al. 2022, 4.1).
 

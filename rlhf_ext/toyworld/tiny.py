@@ -1,5 +1,7 @@
 """A word-level tokenizer and causal LMs small enough to pretrain in a minute on two CPU cores, built from a config."""
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,14 +22,14 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token per word, divided at whitespace; decoding joins words by single spaces.
 
     Pad is not EOS (a pad that is EOS hides the end of a completion from the mask), there is no BOS, and nothing is
     added around a text, so that ids of prompt + completion are those of the prompt followed by those of the completion
-    wherever the completion begins with a space.
+    wherever the completion begins with a space. `extra_words` follow the world's own.
     """
-    words = [PAD, EOS, UNK, *vocabulary()]
+    words = list(dict.fromkeys([PAD, EOS, UNK, *vocabulary(), *extra_words]))
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -48,7 +48,7 @@ def test_a_revision_is_the_answer_of_the_next_round(heard):
         f"SHOTS\n\n{PROMPTS[0]} good\n\nCritique request: criticise {one}\n\nCritique: reply 0\n\n"
         f"Revision request: revise {one}\n\nRevision:"
     )
-    assert heard[4] == f"SHOTS\n\n{PROMPTS[0]}reply 2\n\nCritique request: criticise {two}\n\nCritique:"
+    assert heard[4] == f"SHOTS\n\n{PROMPTS[0]} reply 2\n\nCritique request: criticise {two}\n\nCritique:"
     assert [(r.critique, r.revision) for r in first.rounds] == [("reply 0", "reply 2"), ("reply 4", "reply 6")]
     assert (first.answer, first.revision, second.revision) == (" good", "reply 6", "reply 7")
     assert first.row()["rounds"][1] == {"principle": two, "critique": "reply 4", "revision": "reply 6"}

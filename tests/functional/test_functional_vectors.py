@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_ext import functional as F
-from rlhf_ext.functional.ai_feedback import clamp_label, judge_probabilities
+from rlhf_ext.functional.ai_feedback import clamp_label, judge_probabilities, label_entropy
 from rlhf_ext.functional.diversity import (
     across_inputs,
     best_of_n_kl,
@@ -402,6 +402,15 @@ def test_labels_of_a_judge(dtype):
     close(each.mean(), expected["ensemble"], dtype)
     close(clamp_label(each.mean(), low=low, high=high), expected["ensemble_clamped"], dtype)
     close(clamp_label(each, low=low, high=high), expected["cot_clamped_each"], dtype)
+
+
+def test_label_entropy_by_hand():
+    """log 2 for one half, 0 for certainty; p = 1/4: (1/4) log 4 + (3/4) log(4/3)."""
+    quarter = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    labels = torch.tensor([0.5, 0.0, 1.0, 0.25], dtype=torch.float64)
+    assert label_entropy(labels).item() == pytest.approx((math.log(2) + quarter) / 4)
+    with pytest.raises(ValueError, match="outside"):
+        label_entropy(torch.tensor([1.2]))
 
 
 @covers("askell.combined")
