@@ -131,9 +131,7 @@ class LoopArguments(DataArguments):
         if self.labels == "judge" and not self.judge_model_path:
             raise ValueError("`labels` is 'judge', but `judge_model_path` is empty. Name the judge.")
         if self.labels == "judge" and self.num_candidates != 2:
-            raise ValueError(
-                f"`num_candidates` is {self.num_candidates}, but a judge compares two. Set it to 2, or use other labels."
-            )
+            raise ValueError(f"`num_candidates` is {self.num_candidates}, but a judge compares two. Set it to 2.")
         if self.labels == "judge" and self.overlap != 1:
             raise ValueError(f"`overlap` is {self.overlap}, but a judge answers once. Set it to 1.")
         self._refuse_idle(

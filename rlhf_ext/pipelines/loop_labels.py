@@ -130,7 +130,9 @@ def label_facts(run: LoopRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
                 continue
             texts = [text_of(text) for text in row["completions"]]
             scores = gold([text_of(row["prompt"])] * 2, texts)
-            credits.append(0.5 if scores[0] == scores[1] else float((scores[0] > scores[1]) == (target[0] > target[1])))
+            credits.append(
+                0.5 if scores[0] == scores[1] else float((scores[0] > scores[1]) == (target[0] > target[1]))
+            )
         facts["gold_agreement"] = sum(credits) / len(credits) if credits else None
     return facts
 

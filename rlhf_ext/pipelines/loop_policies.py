@@ -27,6 +27,7 @@ class Policies:
     def __init__(self, run: LoopRun):
         self.run = run
         self._base: nn.Module | None = None
+        self._first: str | None = None
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
@@ -43,6 +44,13 @@ class Policies:
             self._add(name)
         with RoleSwitch(self._base).use(None if name == SFT else self._adapter(name)):
             yield self._base.eval()
+
+    def reference(self) -> nn.Module:
+        """The SFT policy beside the one in use: a model of its own, or the same base without adapters."""
+        if not self.run.model_args.use_peft:
+            return self._load(self.folder(SFT)).eval()
+        assert self._base is not None
+        return _Bare(self._base).eval()
 
     def folder(self, name: str) -> str:
         """Where a policy stands."""
@@ -64,6 +72,18 @@ class Policies:
         return load_policy(folder, **loading(self.run)).to(PartialState().device)
 
 
+class _Bare(nn.Module):
+    """A model with adapters as it is without them, whatever is switched on around the call."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.switch = model, RoleSwitch(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.switch.use(None):
+            return self.model(*args, **kwargs)
+
+
 def loading(run: LoopRun) -> dict[str, Any]:
     """How the base of a run is loaded."""
     model_args = run.model_args
@@ -79,9 +99,12 @@ def loading(run: LoopRun) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_base(run: LoopRun) -> None:
+def check_base(run: LoopRun) -> int | None:
     """
     Refuse an SFT policy that the loop cannot start from.
+
+    Returns:
+        `int` or `None`: its context in tokens, where it says.
 
     Raises:
         ValueError: it is an adapter, or cannot be read.
@@ -95,6 +118,8 @@ def check_base(run: LoopRun) -> None:
             f"`rlhf-ext merge --adapter {name} --output_dir FOLDER`."
         )
     try:
-        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=run.model_args.trust_remote_code)
+        trust = run.model_args.trust_remote_code
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
     except OSError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be read: {error}") from error

@@ -1,0 +1,167 @@
+"""The loop: sample, select, label, fit the reward model, PPO, measure, again (Stiennon et al. 2020, Sec. 3).
+
+Every step is a folder that is whole or absent. A run that was killed anywhere goes on with the step it was at, and
+repeats none that is finished. Steps read what they need from disk, so each may run in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from trl import ModelConfig
+
+from ..data.functions import import_function
+from ..data.loop_arguments import LoopArguments
+from ..data.prompts import check_prompts
+from .loop_evaluation import evaluate_round
+from .loop_labels import write_labels
+from .loop_policies import check_base
+from .loop_run import MANIFEST_FILE, STEPS, LoopRun, write_whole
+from .loop_samples import write_samples, write_selection
+from .loop_toy import prepare_toy
+from .loop_training import free_memory, ppo_config, probe_names, reward_config, train_policy, train_reward
+
+
+WORK: dict[str, Callable[[LoopRun, int, Path], dict[str, Any]]] = {
+    "samples": write_samples,
+    "selection": write_selection,
+    "labels": write_labels,
+    "reward": train_reward,
+    "policy": train_policy,
+    "evaluation": evaluate_round,
+}
+"""What each step of a round does, in their order."""
+
+LAUNCHED = ("reward", "policy")
+"""Steps that run on several processes where `launch_config` asks for it."""
+
+
+def run_loop(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
+    """
+    Run the rounds that are not finished yet.
+
+    Args:
+        args ([`LoopArguments`]): what is done in each round.
+        model_args ([`~trl.ModelConfig`]): `model_name_or_path` is the SFT policy; adapters and quantisation.
+
+    Returns:
+        `dict`: what stands in `manifest.json`.
+
+    Raises:
+        ValueError: before the first step, for anything that a later one would stumble over.
+        LabelsMissing: people have not labelled enough, and `wait_for_labels` is off.
+    """
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            "The loop was launched on several processes, but it starts processes itself. Run it on one, and give the "
+            "accelerate YAML as `launch_config`."
+        )
+    if args.toy:
+        prepare_toy(args, model_args)
+    run = LoopRun(args, model_args)
+    check(run)
+    run.save_settings()
+    manifest = Manifest(run)
+    for round_, name in order_of(args):
+        manifest.do(round_, name)
+    return manifest.content
+
+
+def order_of(args: LoopArguments) -> list[tuple[int, str]]:
+    """Rounds and steps in the order they are done; round 0 is the SFT policy, measured once."""
+    rounds = [(round_, name) for round_ in range(1, args.num_rounds + 1) for name in STEPS]
+    return [(0, "evaluation"), *rounds]
+
+
+def check(run: LoopRun) -> None:
+    """Refuse what would fail in the middle of a run.
+
+    Raises:
+        ValueError: naming field, value and remedy.
+    """
+    max_positions = check_base(run)
+    args = run.args
+    for name in probe_names(run):
+        import_function(name)
+    # Built once for their own checks; the folder of each step comes later.
+    scratch = run.folder / "_unfinished_check"
+    reward_config(run, scratch, 0)
+    ppo_config(run, scratch, 0)
+    for what, rows in (("train prompts", run.train_prompts), ("held-out prompts", run.eval_prompts)):
+        check_prompts(
+            Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+            f"`dataset_name` ({what})",
+            run.tokenizer,
+            max_completion_length=run.max_completion_length,
+            max_positions=max_positions,
+        )
+    if "references" in args.sources and not any(row.get("completion") for row in run.train_prompts):
+        raise ValueError(
+            "`sources` names 'references', but no row of `dataset_name` has a `completion`. Add the column, or leave "
+            "references out."
+        )
+
+
+class Manifest:
+    """The list of finished steps, `manifest.json`, and what brings it forward."""
+
+    def __init__(self, run: LoopRun):
+        self.run, self.path = run, run.folder / MANIFEST_FILE
+        self.content: dict[str, Any] = {"steps": []}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def do(self, round_: int, name: str) -> None:
+        """Do a step unless it is finished, and write it down."""
+        listed = any((step["round"], step["step"]) == (round_, name) for step in self.content["steps"])
+        folder = self.run.step(round_, name)
+        if listed and not folder.exists():
+            raise ValueError(
+                f"{MANIFEST_FILE} says that {name!r} of round {round_} is finished, but {str(folder)!r} is gone. Put "
+                "it back, or take another `output_dir`."
+            )
+        start = time.perf_counter()
+        if not listed:
+            print(f"round {round_}, {name}", flush=True)
+        if name in LAUNCHED and self.run.args.launch_config is not None and not folder.exists():
+            launch(self.run, round_, name)
+        do_step(self.run, round_, name)
+        if not listed:
+            self.content["steps"].append(
+                {
+                    "round": round_,
+                    "step": name,
+                    "folder": str(folder.relative_to(self.run.folder)),
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                }
+            )
+            write_whole(self.path, json.dumps(self.content, indent=1))
+
+
+def do_step(run: LoopRun, round_: int, name: str) -> dict[str, Any]:
+    """Do a step in this process, unless it is finished."""
+    work = WORK[name]
+    if name == "policy" and run.args.asynchronous:
+        from .loop_asynchronous import train_asynchronously as work
+    result = run.once(round_, name, lambda aside: work(run, round_, aside))
+    free_memory()
+    return result
+
+
+def launch(run: LoopRun, round_: int, name: str) -> None:
+    """Do a step under `accelerate launch`."""
+    command = ["accelerate", "launch", "--config_file", str(run.args.launch_config), "-m", __name__]
+    subprocess.run([*command, str(run.folder), str(round_), name], check=True, env={**os.environ})
+
+
+if __name__ == "__main__":
+    do_step(LoopRun.load(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,120 @@
+"""The last step of a round: the new policy on held-out prompts, beside the SFT policy's answers to the same."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..data.functions import import_function
+from ..models.ensembles import is_reward_ensemble, load_reward_ensemble
+from ..models.generation import Samples, completion_text
+from .evaluation import load_reward
+from .evaluation_policy import (
+    PolicyEvaluation,
+    PolicySettings,
+    Reference,
+    Scorer,
+    evaluate_policy,
+    wins_by_score,
+)
+from .loop_policies import Policies
+from .loop_run import SFT, LoopRun, read_jsonl, write_jsonl
+from .loop_samples import as_completion
+from .loop_training import probe_names
+
+
+REWARD = "reward"
+"""Name of the round's reward model among the scorers."""
+
+_ANSWERS = "answers.jsonl"
+
+
+def evaluate_round(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
+    """
+    Answers to the held-out prompts with their scores, `answers.jsonl`, and what is measured of them.
+
+    Round 0 is the SFT policy itself, scored by functions alone: it has no reward model. Later rounds score its answers
+    and their own by the round's reward model, so that the two are compared in one unit.
+    """
+    name = SFT if round_ == 0 else f"round_{round_}"
+    scorers = [Scorer(score.rpartition(":")[2], function=import_function(score)) for score in probe_names(run)]
+    if round_ > 0:
+        scorers = [_reward_scorer(run, round_), *scorers]
+    settings = PolicySettings(
+        num_samples=run.args.eval_samples,
+        max_completion_length=run.max_completion_length,
+        temperature=run.temperature,
+        batch_size=run.args.eval_batch_size,
+        seed=run.seed(0, "evaluation"),  # the same in every round: the noise of sampling is shared
+    )
+    policies = Policies(run)
+    with policies.use(name) as model:
+        reference = None if round_ == 0 else Reference(policies.reference(), run.tokenizer)
+        found = evaluate_policy(
+            name,
+            model,
+            run.tokenizer,
+            [row["prompt"] for row in run.eval_prompts],
+            scorers,
+            settings,
+            reference=reference,
+            columns=_columns(run),
+            progress=True,
+        )
+    metrics: dict[str, Any] = dict(found.metrics)
+    if round_ > 0:
+        metrics["win_rate"] = wins_by_score(found, _baseline(run, scorers, settings))
+    write_jsonl(folder / _ANSWERS, _answer_rows(run, found))
+    return metrics
+
+
+def _reward_scorer(run: LoopRun, round_: int) -> Scorer:
+    folder, device = run.step(round_, "reward"), PartialState().device
+    trust = run.model_args.trust_remote_code
+    if is_reward_ensemble(folder):
+        ensemble = load_reward_ensemble(
+            folder, policy_processing_class=run.tokenizer, device=device, trust_remote_code=trust
+        )
+        return Scorer(REWARD, function=ensemble.mean)
+    return Scorer(REWARD, *load_reward(str(folder), device=device, dtype="auto", trust_remote_code=trust))
+
+
+def _columns(run: LoopRun) -> dict[str, list[Any]]:
+    rows = run.eval_prompts
+    return {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+
+
+def _answer_rows(run: LoopRun, found: PolicyEvaluation) -> list[dict[str, Any]]:
+    samples = found.samples
+    return [
+        {
+            "prompt": prompt,
+            "completion": as_completion(prompt, completion_text(run.tokenizer, samples, place)),
+            "text": samples.texts[place],
+            "prompt_ids": samples.prompt_ids[place],
+            "completion_ids": samples.completion_ids[place],
+            "truncated": samples.truncated[place],
+            "scores": {name: scores[place] for name, scores in found.scores.items()},
+        }
+        for place, prompt in enumerate(samples.prompts)
+    ]
+
+
+def _baseline(run: LoopRun, scorers: list[Scorer], settings: PolicySettings) -> PolicyEvaluation:
+    """What SFT answered in round 0, under the scorers of this round."""
+    rows = read_jsonl(run.step(0, "evaluation") / _ANSWERS)
+    samples = Samples(
+        prompts=[row["prompt"] for row in rows],
+        texts=[row["text"] for row in rows],
+        prompt_ids=[row["prompt_ids"] for row in rows],
+        completion_ids=[row["completion_ids"] for row in rows],
+        truncated=[row["truncated"] for row in rows],
+    )
+    baseline = PolicyEvaluation(SFT, samples, settings.num_samples)
+    columns = {key: [v for v in vs for _ in range(settings.num_samples)] for key, vs in _columns(run).items()}
+    for scorer in scorers:
+        if scorer.name in rows[0]["scores"]:
+            baseline.scores[scorer.name] = [row["scores"][scorer.name] for row in rows]
+        else:
+            baseline.scores[scorer.name] = scorer.score(samples, run.tokenizer, columns, settings.batch_size)
+    return baseline
