@@ -13,9 +13,17 @@ python recipes/iterate.py --config recipes/iterate_toy.yaml --output_dir runs/lo
 
 On your own SFT policy and prompts, with labels of people: `--model_name_or_path SFT --dataset_name PROMPTS.jsonl
 --labels people`, and `rlhf-ext label --store runs/loop/labels.db` beside it. Killed anywhere, it goes on from the last
-finished step when called again. With `--launch_config accelerate_configs/multi_gpu.yaml` training runs on several GPUs.
+finished step when called again. With
+`--launch_config accelerate_configs/multi_gpu.yaml` training runs on several GPUs.
 `rlhf-ext iterate` takes the same flags; `rlhf-ext report runs/loop` writes one page about all rounds.
 """
+
+import sys
+from pathlib import Path
+
+
+# A script's own folder is searched first, and there `import evaluate` would find this folder's recipe.
+sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
 
 from trl import ModelConfig, TrlParser
 

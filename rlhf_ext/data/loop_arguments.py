@@ -81,6 +81,7 @@ class LoopArguments(DataArguments):
     refit_labels: int = _field(64, "Asynchronous: new labels after which the reward model is fitted again.")
     refit_steps: int | None = _field(None, "Asynchronous: optimizer steps of a refit; those of `reward` if not given.")
 
+    trust_remote_code: bool = _field(False, "Whether checkpoints may run code of their own.")
     launch_config: str | None = _field(
         None, "accelerate YAML: training steps are launched under it, on several GPUs. Unset: in this process."
     )

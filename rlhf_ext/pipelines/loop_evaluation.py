@@ -70,7 +70,7 @@ def evaluate_round(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
 
 def _reward_scorer(run: LoopRun, round_: int) -> Scorer:
     folder, device = run.step(round_, "reward"), PartialState().device
-    trust = run.model_args.trust_remote_code
+    trust = run.args.trust_remote_code
     if is_reward_ensemble(folder):
         ensemble = load_reward_ensemble(
             folder, policy_processing_class=run.tokenizer, device=device, trust_remote_code=trust

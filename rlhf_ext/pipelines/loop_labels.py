@@ -74,11 +74,11 @@ def annotators_of(run: LoopRun) -> list[tuple[str, Annotator]]:
         return [(f"simulated-{vote}", simulated(labeller, vote)) for vote in range(args.overlap)]
     if args.labels == "judge":
         source = args.judge_model_path
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.model_args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.args.trust_remote_code)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         judge = AIJudge(
-            load_policy(source, trust_remote_code=run.model_args.trust_remote_code).to(PartialState().device),
+            load_policy(source, trust_remote_code=run.args.trust_remote_code).to(PartialState().device),
             tokenizer,
             load_constitution(args.constitution or DEFAULT_CONSTITUTION),
             principles_per_pair=args.principles_per_pair,

@@ -90,7 +90,7 @@ def loading(run: LoopRun) -> dict[str, Any]:
     options = {
         "dtype": model_args.dtype or "float32",
         "attn_implementation": model_args.attn_implementation,
-        "trust_remote_code": model_args.trust_remote_code,
+        "trust_remote_code": run.args.trust_remote_code,
     }
     if (quantization := get_quantization_config(model_args)) is not None:
         options["quantization_config"] = quantization
@@ -118,7 +118,7 @@ def check_base(run: LoopRun) -> int | None:
             f"`rlhf-ext merge --adapter {name} --output_dir FOLDER`."
         )
     try:
-        trust = run.model_args.trust_remote_code
+        trust = run.args.trust_remote_code
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
     except OSError as error:

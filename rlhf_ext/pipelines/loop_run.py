@@ -146,7 +146,7 @@ class LoopRun:
         tokenizer = AutoTokenizer.from_pretrained(
             self.model_args.model_name_or_path,
             revision=self.model_args.model_revision,
-            trust_remote_code=self.model_args.trust_remote_code,
+            trust_remote_code=self.args.trust_remote_code,
         )
         check_tokenizer(tokenizer)
         if tokenizer.pad_token is None:

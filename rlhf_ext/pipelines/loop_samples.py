@@ -100,7 +100,7 @@ def disagreements(run: LoopRun, ensemble_folder: Path, rows: list[dict[str, Any]
         policy_processing_class=run.tokenizer,
         device=PartialState().device,
         batch_size=run.args.eval_batch_size,
-        trust_remote_code=run.model_args.trust_remote_code,
+        trust_remote_code=run.args.trust_remote_code,
     )
     largest = [0.0] * len(rows)
     for first in range(run.args.num_candidates):

@@ -179,7 +179,7 @@ def free_memory() -> None:
 
 def _config(run: LoopRun, kind: type, name: str, folder: Path, seed: int, changes: dict[str, Any]) -> Any:
     init = {"dtype": run.model_args.dtype or "float32", "attn_implementation": run.model_args.attn_implementation}
-    given = {"report_to": "none", "trust_remote_code": run.model_args.trust_remote_code, **getattr(run.args, name)}
+    given = {"report_to": "none", "trust_remote_code": run.args.trust_remote_code, **getattr(run.args, name)}
     given = {**given, **changes}
     given["model_init_kwargs"] = {**init, **loading_revision(run), **(given.get("model_init_kwargs") or {})}
     known = {field for field in kind.__dataclass_fields__}
@@ -201,7 +201,10 @@ def _peft_config(run: LoopRun, task: str) -> Any:
 def _split(run: LoopRun, rows: Dataset) -> tuple[Dataset, Dataset | None]:
     if run.args.reward_eval_fraction == 0.0:
         return rows, None
-    return holdout_by_prompt(rows, run.args.reward_eval_fraction, run.args.seed)
+    try:
+        return holdout_by_prompt(rows, run.args.reward_eval_fraction, run.args.seed)
+    except ValueError:  # so few prompts that the hash holds none of them out, or all: better no accuracy than no run
+        return rows, None
 
 
 def _as_text(run: LoopRun, prompt: Any) -> str:

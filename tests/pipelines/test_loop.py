@@ -1,0 +1,274 @@
+"""The loop: steps once and in order, killed anywhere, from whoever labels, on adapters; and what it refuses."""
+
+import json
+import os
+import threading
+
+import pytest
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from rlhf_ext.data.loop_arguments import LoopArguments
+from rlhf_ext.feedback.store import LabelStore
+from rlhf_ext.models.ensembles import is_reward_ensemble
+from rlhf_ext.pipelines import loop, loop_labels
+from rlhf_ext.pipelines.finished_runs import read_run
+from rlhf_ext.pipelines.loop_labels import LabelsMissing
+from rlhf_ext.pipelines.loop_report import write_loop_report
+from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
+from tests.tiny import tiny_causal_lm, tiny_tokenizer
+
+
+TINY = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "learning_rate": 1e-3,
+}
+REWARD = {**TINY, "max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+PPO = {
+    **TINY,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 1,
+    "max_completion_length": 6,
+    "logging_steps": 1,
+}
+
+
+def goodness(prompts, completions, **kwargs):
+    """Gold: how many words are good."""
+    return [float(text.split().count("good") - text.split().count("bad")) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tiny_causal_lm("llama", tokenizer, hidden_size=32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    Dataset.from_list([{"prompt": f"w{i % 24} the cat w{i // 24}", "completion": " good"} for i in range(48)]).to_json(
+        path
+    )
+    return str(path)
+
+
+def arguments(folder, sft, prompts, peft=False, **kwargs):
+    given = {
+        "output_dir": str(folder),
+        "dataset_name": prompts,
+        "eval_fraction": 0.2,
+        "num_rounds": 2,
+        "labels_per_round": 8,
+        "labels": "simulated",
+        "gold_func": f"{__name__}:goodness",
+        "reward_eval_fraction": 0.4,
+        "reward": REWARD,
+        "ppo": PPO,
+        **kwargs,
+    }
+    if given["labels"] != "simulated":
+        given.pop("gold_func") if kwargs.get("gold_func") is None else None
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]} if peft else {}
+    return LoopArguments(**given), ModelConfig(model_name_or_path=sft, dtype="float32", **lora)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sft, prompts):
+    folder = tmp_path_factory.mktemp("loop") / "run"
+    loop.run_loop(*arguments(folder, sft, prompts))
+    return folder
+
+
+def test_every_step_stands_in_its_folder_and_in_the_manifest(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    done = [(step["round"], step["step"]) for step in manifest["steps"]]
+    assert done == [(0, "evaluation")] + [(round_, name) for round_ in (1, 2) for name in loop.STEPS]
+    assert all((finished / step["folder"] / "run.json").exists() for step in manifest["steps"])
+    assert not list(finished.rglob("_unfinished_*"))
+    AutoModelForCausalLM.from_pretrained(finished / "round_2" / "policy")
+
+
+def test_who_writes_and_what_is_labelled(finished):
+    for round_, newest in ((1, "sft"), (2, "round_1")):
+        rows = read_jsonl(finished / f"round_{round_}" / "selection" / "rows.jsonl")
+        assert 0 < len(rows) <= 8
+        assert all(row["policies"][0] == newest for row in rows)
+        labels = read_jsonl(finished / f"round_{round_}" / "labels" / "rows.jsonl")
+        assert len(labels) == len(rows)
+        assert read_run(finished / f"round_{round_}" / "labels")["result"]["gold_agreement"] in (1.0, None)
+    second = read_jsonl(finished / "round_2" / "samples" / "rows.jsonl")
+    assert {name for row in second for name in row["policies"]} == {"sft", "round_1"}
+    held = {row["prompt"] for row in read_jsonl(finished / "round_0" / "evaluation" / "answers.jsonl")}
+    assert not held & {row["prompt"] for row in second}, "a held-out prompt was labelled"
+
+
+def test_the_reward_model_reads_all_rounds_so_far(finished):
+    counts = [len(read_jsonl(finished / f"round_{round_}" / "labels" / "rows.jsonl")) for round_ in (1, 2)]
+    assert [read_run(finished / f"round_{r}" / "reward")["result"]["rows"] for r in (1, 2)] == [
+        counts[0],
+        sum(counts),
+    ]
+
+
+def test_rounds_are_measured_on_the_same_prompts(finished):
+    answers = [read_jsonl(finished / f"round_{r}" / "evaluation" / "answers.jsonl") for r in range(3)]
+    assert [row["prompt"] for row in answers[0]] == [row["prompt"] for row in answers[2]]
+    result = read_run(finished / "round_2" / "evaluation")["result"]
+    assert set(result["win_rate"]) == {"reward", "goodness"}
+    assert set(answers[2][0]["scores"]) == {"reward", "goodness"}
+    assert result["kl"] != 0.0
+
+
+def test_a_finished_run_repeats_nothing_and_grows_by_rounds(finished, sft, prompts, monkeypatch):
+    called = []
+    for name, work in loop.WORK.items():
+        monkeypatch.setitem(loop.WORK, name, lambda *args, _name=name: called.append(_name) or {})
+    loop.run_loop(*arguments(finished, sft, prompts))
+    assert called == []
+    with pytest.raises(ValueError, match="labels_per_round.*8 before, 9 now"):
+        loop.run_loop(*arguments(finished, sft, prompts, labels_per_round=9))
+
+
+def test_the_report_reads_what_the_loop_wrote(finished, tmp_path):
+    write_loop_report(str(finished), str(tmp_path / "page.html"))
+    assert "goodness" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing in between may catch it."""
+
+
+def test_killed_in_any_step_it_goes_on_with_that_step(tmp_path, sft, prompts, monkeypatch):
+    folder, started = tmp_path / "run", []
+    originals = dict(loop.WORK)
+
+    def once_killed(name):
+        def work(run, round_, aside):
+            started.append((round_, name))
+            result = originals[name](run, round_, aside)
+            if started.count((round_, name)) == 1:
+                raise Killed
+            return result
+
+        return work
+
+    for name in originals:
+        monkeypatch.setitem(loop.WORK, name, once_killed(name))
+    for _ in range(8):  # every step of a round dies once after its work, before it counts as finished
+        try:
+            loop.run_loop(*arguments(folder, sft, prompts, num_rounds=1))
+            break
+        except Killed:
+            continue
+    order = [(0, "evaluation"), *((1, name) for name in loop.STEPS)]
+    assert started == [step for step in order for _ in range(2)]
+    assert len(read_jsonl(folder / "round_1" / "labels" / "rows.jsonl")) == len(
+        read_jsonl(folder / "round_1" / "selection" / "rows.jsonl")
+    )
+
+
+def test_adapters_share_a_base_and_go_on_from_the_last_policy(tmp_path, sft, prompts):
+    folder = tmp_path / "run"
+    loop.run_loop(
+        *arguments(
+            folder,
+            sft,
+            prompts,
+            peft=True,
+            policy_start="last",
+            normalize_scores="scale",
+            sources=["policy", "references"],
+            missing_eos_penalty=1.0,
+        )
+    )
+    AutoPeftModelForCausalLM.from_pretrained(folder / "round_2" / "policy")
+    assert read_run(folder / "round_2" / "policy")["result"]["start"] == str(folder / "round_1" / "policy")
+    rows = read_jsonl(folder / "round_2" / "samples" / "rows.jsonl")
+    assert {name for row in rows for name in row["policies"]} == {"round_1", "reference"}
+    reward = read_run(folder / "round_1" / "reward")["result"]
+    assert reward["gain"] > 0
+
+
+def test_disagreement_selects_where_the_ensemble_is_in_doubt(tmp_path, sft, prompts):
+    folder = tmp_path / "run"
+    loop.run_loop(
+        *arguments(folder, sft, prompts, selection="disagreement", num_members=2, pool_factor=3, num_candidates=3)
+    )
+    assert is_reward_ensemble(folder / "round_2" / "reward")
+    first, second = (read_run(folder / f"round_{r}" / "selection")["result"] for r in (1, 2))
+    assert first["disagreement_mean"] is None
+    assert second["disagreement_selected"] > second["disagreement_mean"]
+
+
+def test_people_label_while_the_loop_waits(tmp_path, sft, prompts, monkeypatch):
+    folder = tmp_path / "run"
+    asked = arguments(folder, sft, prompts, labels="people", num_rounds=1, wait_for_labels=False)
+    with pytest.raises(LabelsMissing, match="rlhf-ext label --store"):
+        loop.run_loop(*asked)
+    asked[0].wait_for_labels = True
+    waiting = loop_labels.wait_for_people
+    monkeypatch.setattr(loop_labels, "wait_for_people", lambda *args: waiting(*args, seconds=0.05))
+
+    def person():
+        with LabelStore(folder / "labels.db") as store:
+            while (task := store.claim("ann")) is not None:
+                store.submit("ann", task.comparison_id, "best", 0)
+
+    thread = threading.Thread(target=person)
+    thread.start()
+    loop.run_loop(*asked)
+    thread.join()
+    result = read_run(folder / "round_1" / "labels")["result"]
+    assert list(result["annotators"]) == ["ann"] and result["labels"] == result["comparisons"]
+
+
+def test_a_judge_gives_soft_labels(tmp_path, sft, prompts):
+    folder = tmp_path / "run"
+    args, model_args = arguments(folder, sft, prompts, labels="judge", judge_model_path=sft, num_rounds=1)
+    run = LoopRun(args, model_args)
+    run.save_settings()
+    for name in ("samples", "selection"):
+        loop.do_step(run, 1, name)
+    # The tiny tokenizer has no (A) and (B), which the judge says before it is asked anything.
+    with pytest.raises(ValueError, match="must differ"):
+        loop.do_step(run, 1, "labels")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward": {"max_stepz": 3}}, "`reward` names .*max_stepz"),
+        ({"ppo": {"loops": 3}}, "`ppo` names .*loops"),
+        ({"selection": "disagreement"}, "one model cannot disagree"),
+        ({"labels": "judge"}, "`judge_model_path` is empty"),
+        ({"sources": ["everybody"]}, "`sources` names"),
+        ({"gold_func": "nowhere:nothing"}, "nowhere:nothing"),
+        ({"ppo": {**PPO, "output_dir": "x"}}, "which the loop sets itself"),
+        ({"ppo": {**PPO, "max_completion_length": 500}}, "exceed the model's context"),
+        ({"refit_labels": 3}, "nothing reads it"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(tmp_path, sft, prompts, changes, words):
+    with pytest.raises(ValueError, match=words):
+        loop.run_loop(*arguments(tmp_path / "run", sft, prompts, **changes))
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_an_adapter_as_sft_is_refused(tmp_path, sft, prompts):
+    folder = tmp_path / "adapter"
+    os.makedirs(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="rlhf-ext merge"):
+        loop.run_loop(*arguments(tmp_path / "run", str(folder), prompts))
