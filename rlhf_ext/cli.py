@@ -76,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     user.add_argument("--users", required=True, help="file of accounts")
     user.add_argument("--name", required=True, help="the annotator's name")
+    commands.add_parser(
+        "iterate",
+        help="rounds of labels, reward model and PPO",
+        description="The loop; takes the flags of recipes/iterate.py, --config among them. --help lists them.",
+        add_help=False,  # theirs is printed
+    )
     report = commands.add_parser(
         "report",
         help="one HTML page over all rounds of a run of the loop",
@@ -88,11 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "iterate":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.flags = rest
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     commands = {"quickstart": _quickstart, "merge": _merge, "env": _env, "label": _label, "label-user": _label_user}
-    commands["report"] = _report
+    commands |= {"iterate": _iterate, "report": _report}
     return commands[args.command](args)
 
 
@@ -115,6 +125,26 @@ def _label_user(args: argparse.Namespace) -> int:
         set_user(args.users, args.name)
     except (ValueError, OSError) as error:
         print(f"rlhf-ext label-user: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _iterate(args: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from trl import ModelConfig, TrlParser
+
+    from .data.loop_arguments import LoopArguments
+    from .pipelines.loop import run_loop
+    from .pipelines.loop_labels import LabelsMissing
+
+    parser = TrlParser((LoopArguments, ModelConfig), prog="rlhf-ext iterate")
+    try:
+        run_loop(*parser.parse_args_and_config(args.flags))
+    except LabelsMissing as missing:
+        print(f"rlhf-ext iterate: {missing}", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext iterate: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -43,6 +43,7 @@ SURFACE = {
         "--https": (False, None),
     },
     "label-user": {"--users": (None, None), "--name": (None, None)},
+    "iterate": {},
     "report": {"run": (None, None), "--output": (None, None)},
 }
 
