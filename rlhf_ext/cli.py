@@ -96,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "iterate":
+    if args.command == "iterate":
+        args.flags = rest
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.flags = rest
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     commands = {"quickstart": _quickstart, "merge": _merge, "env": _env, "label": _label, "label-user": _label_user}

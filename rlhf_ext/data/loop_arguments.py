@@ -170,6 +170,12 @@ class LoopArguments(DataArguments):
                     raise ValueError(
                         f"`{name}` is {getattr(self, name)!r}, but the asynchronous mode has {why}. Set it to {only}."
                     )
+            if int(self.ppo.get("num_generations", 1)) != self.num_candidates:
+                raise ValueError(
+                    f"`ppo` has `num_generations` {self.ppo.get('num_generations', 1)}, but asynchronous comparisons "
+                    f"are made of one prompt's completions in a rollout. Set it to `num_candidates`, "
+                    f"{self.num_candidates}."
+                )
         # Without a reserve, the labels of a tiny first round may leave nothing to train on.
         if not 0.0 <= self.reward_eval_fraction < 1.0:
             raise ValueError(f"`reward_eval_fraction` is {self.reward_eval_fraction}; give a share in [0, 1).")

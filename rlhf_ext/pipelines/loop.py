@@ -21,6 +21,7 @@ from trl import ModelConfig
 from ..data.functions import import_function
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_prompts
+from .loop_asynchronous import train_asynchronously
 from .loop_evaluation import evaluate_round
 from .loop_labels import write_labels
 from .loop_policies import check_base
@@ -149,9 +150,7 @@ class Manifest:
 
 def do_step(run: LoopRun, round_: int, name: str) -> dict[str, Any]:
     """Do a step in this process, unless it is finished."""
-    work = WORK[name]
-    if name == "policy" and run.args.asynchronous:
-        from .loop_asynchronous import train_asynchronously as work
+    work = train_asynchronously if name == "policy" and run.args.asynchronous else WORK[name]
     result = run.once(round_, name, lambda aside: work(run, round_, aside))
     free_memory()
     return result

@@ -17,6 +17,7 @@ from .evaluation_policy import (
     evaluate_policy,
     wins_by_score,
 )
+from .loop_asynchronous import newest_reward_folder
 from .loop_policies import Policies
 from .loop_run import SFT, LoopRun, read_jsonl, write_jsonl
 from .loop_samples import as_completion
@@ -69,7 +70,8 @@ def evaluate_round(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
 
 
 def _reward_scorer(run: LoopRun, round_: int) -> Scorer:
-    folder, device = run.step(round_, "reward"), PartialState().device
+    folder = newest_reward_folder(run) if run.args.asynchronous else run.step(round_, "reward")
+    device = PartialState().device
     trust = run.args.trust_remote_code
     if is_reward_ensemble(folder):
         ensemble = load_reward_ensemble(

@@ -140,6 +140,12 @@ class LoopRun:
 
     # Parts that several steps share
 
+    @property
+    def labels_before_training(self) -> int:
+        """Comparisons that a round asks before its policy trains."""
+        share = self.args.initial_label_share if self.args.asynchronous else 1.0
+        return max(round(share * self.args.labels_per_round), 1)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the SFT policy."""

@@ -20,7 +20,7 @@ REFERENCE = "reference"
 def write_samples(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
     """Sample `pool_factor` comparisons for each label of the round; `rows.jsonl`."""
     args = run.args
-    prompts = run.prompts_of(round_, args.labels_per_round * args.pool_factor)
+    prompts = run.prompts_of(round_, run.labels_before_training * args.pool_factor)
     writers = [_draw_writers(run, round_, place, row) for place, row in enumerate(prompts)]
     candidates: list[list[dict[str, Any]]] = [[{}] * args.num_candidates for _ in prompts]
     for name in sorted({name for names in writers for name in names}):
@@ -77,7 +77,7 @@ def answers_of(run: LoopRun, name: str, prompts: list[Any], seed: int, policies:
 
 def write_selection(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
     """Choose what is labelled among the samples of the round; `rows.jsonl`."""
-    rows, count = run.rows_of(round_, "samples"), run.args.labels_per_round
+    rows, count = run.rows_of(round_, "samples"), run.labels_before_training
     chance = random.Random(run.seed(round_, "selection"))
     places, found = list(range(len(rows))), {"disagreement_mean": None, "disagreement_selected": None}
     if run.args.selection == "disagreement" and round_ > 1:  # in the first round there is nobody to disagree

@@ -16,6 +16,7 @@ from rlhf_ext.functional.diversity import (
     nli_diversity,
     per_input,
 )
+from rlhf_ext.functional.label_schedule import label_rate, labels_due
 from tests.functional.vectors import CASES, case, close, differs
 
 
@@ -613,11 +614,19 @@ def test_best_of_n(dtype):
     close([best_of_n_kl(n) for n in given["n"]], expected["kl"])
 
 
+@covers("label_schedule.christiano")
+def test_schedule_of_labels(dtype):
+    given, expected = case("label_schedule.christiano")
+    close([label_rate(frames, scale=given["c"]) for frames in given["T"]], expected["rate"])
+    shares = [min(frames / given["Tmax"], 1.0) for frames in given["T"]]
+    due = [labels_due(share, total=given["N"], initial_share=given["f"]) for share in shares]
+    close(due, expected["rl_teacher"])
+
+
 # -- nothing is forgotten
 
 LATER_ROOMS = {
     "models: score normalisation and cutting": {"rm.norm.ziegler", "rm.norm.stiennon", "ziegler.truncate_filter"},
-    "feedback: the schedule of labels": {"label_schedule.christiano"},
     "trainers: the optimizer": {"adam.tf_vs_torch"},
 }
 

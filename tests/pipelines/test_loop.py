@@ -35,6 +35,7 @@ PPO = {
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "steps_per_generation": 1,
+    "num_iterations": 1,
     "max_completion_length": 6,
     "logging_steps": 1,
 }
@@ -133,7 +134,7 @@ def test_rounds_are_measured_on_the_same_prompts(finished):
 
 def test_a_finished_run_repeats_nothing_and_grows_by_rounds(finished, sft, prompts, monkeypatch):
     called = []
-    for name, work in loop.WORK.items():
+    for name in loop.WORK:
         monkeypatch.setitem(loop.WORK, name, lambda *args, _name=name: called.append(_name) or {})
     loop.run_loop(*arguments(finished, sft, prompts))
     assert called == []

@@ -1,0 +1,127 @@
+"""Policy, labels and rewards as three real processes: labels arrive while training runs, and each may be killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from rlhf_ext.feedback.store import LabelStore
+from rlhf_ext.models.newest_reward import NewestReward, newest_version, version_folder
+from rlhf_ext.pipelines import loop
+from rlhf_ext.pipelines.finished_runs import read_run
+from rlhf_ext.pipelines.loop_run import read_jsonl
+from tests.pipelines.test_loop import PPO, arguments, goodness, prompts, sft  # noqa: F401 (fixtures)
+from tests.tiny import tiny_reward_model, tiny_tokenizer
+
+
+def slow_gold(prompts, completions, trainer_state=None, **kwargs):  # noqa: F811
+    """As gold; a rollout takes the time that one of a real policy would."""
+    time.sleep(0.4 if trainer_state is not None else 0.0)
+    return goodness(prompts, completions)
+
+
+def kill_once(folder, role, when):
+    """Kill the process of a role as soon as `when()` is true; the pid that died is the return."""
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        for process in psutil.Process(os.getpid()).children():
+            try:
+                if process.cmdline()[-2:] == [str(folder), role] and when():
+                    process.send_signal(signal.SIGKILL)
+                    return process.pid
+            except psutil.Error:  # it ended meanwhile
+                continue
+        time.sleep(0.02)
+    return None
+
+
+def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts):  # noqa: F811
+    folder = tmp_path / "run"
+    args = arguments(
+        folder,
+        sft,
+        prompts,
+        num_rounds=1,
+        labels_per_round=24,
+        asynchronous=True,
+        gold_func=f"{__name__}:slow_gold",
+        refit_labels=4,
+        refit_steps=1,
+        ppo={**PPO, "max_steps": 24, "num_generations": 2, "save_strategy": "steps", "save_steps": 1},
+    )
+    aside = folder / "round_1" / "_unfinished_policy"
+    killed = {}
+    whens = {
+        "policy": lambda: list(aside.glob("checkpoint-*")),
+        "labels": lambda: list((aside / "queue").glob("*.json")),
+        "rewards": lambda: list((aside / "rewards").glob("_unfinished_0002")),
+    }
+    threads = [
+        threading.Thread(target=lambda role=role: killed.update({role: kill_once(folder, role, whens[role])}))
+        for role in whens
+    ]
+    for thread in threads:
+        thread.start()
+    loop.run_loop(*args)
+    for thread in threads:
+        thread.join()
+    assert set(killed) == set(whens) and all(killed.values()), killed
+    result = read_run(folder / "round_1" / "policy")["result"]
+    assert result["restarts"] == {"policy": 1, "labels": 1, "rewards": 1}
+    assert result["reward_versions"] > 1
+    with LabelStore(folder / "labels.db") as store:
+        initial, later = (store.progress(pool=pool) for pool in ("run/round-1", "run/round-1-asynchronous"))
+    assert initial.comparisons == 6 and initial.comparisons + later.comparisons <= 24
+    assert later.labels == later.comparisons > 0, "every comparison that was asked has its label, once"
+    history = result["history"]
+    assert [entry["step"] for entry in history] == list(range(1, 25)), "the killed policy went on from its checkpoint"
+    assert history[-1]["reward_version"] >= history[0]["reward_version"] >= 1
+    assert {"labels_behind", "stale_rollouts"} <= set(history[0])
+    # The versions were fitted on ever more labels, and the evaluation reads the last one.
+    rewards = folder / "round_1" / "policy" / "rewards"
+    counts = [read_run(version_folder(rewards, v))["result"]["labels"] for v in range(1, newest_version(rewards) + 1)]
+    assert counts == sorted(set(counts))
+    assert read_jsonl(folder / "round_1" / "evaluation" / "answers.jsonl")[0]["scores"]["reward"] is not None
+
+
+def test_a_rollout_is_scored_by_the_newest_whole_model_and_staleness_is_counted(tmp_path):
+    tokenizer, logged = tiny_tokenizer(), {}
+
+    def save(version, labels, seed, whole=True):
+        torch.manual_seed(seed)
+        path = version_folder(tmp_path, version)
+        tiny_reward_model("llama", tokenizer).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        if whole:
+            (path / "run.json").write_text(json.dumps({"settings": {}, "result": {"labels": labels}}))
+
+    with pytest.raises(ValueError, match="no finished reward model"):
+        NewestReward(tmp_path, tokenizer, lambda: 0)
+    save(1, 10, seed=0)
+    count = {"labels": 10}
+    reward = NewestReward(tmp_path, tokenizer, lambda: count["labels"])
+    asked = {
+        "prompts": ["the cat"],
+        "completions": [" sat"],
+        "completion_ids": [[5, 1]],
+        "log_metric": logged.__setitem__,
+    }
+    first = reward(**asked)
+    assert logged == {"reward_version": 1.0, "labels_behind": 0.0, "stale_rollouts": 0.0}
+    count["labels"] = 13
+    save(2, 13, seed=1, whole=False)
+    assert reward(**asked) == first, "a model that is being written was read"
+    assert logged == {"reward_version": 1.0, "labels_behind": 3.0, "stale_rollouts": 1.0}
+    (version_folder(tmp_path, 2) / "run.json").write_text(json.dumps({"settings": {}, "result": {"labels": 13}}))
+    assert reward(**asked) != first
+    assert logged == {"reward_version": 2.0, "labels_behind": 0.0, "stale_rollouts": 1.0}
+
+
+def test_comparisons_need_groups_in_a_rollout(tmp_path, sft, prompts):  # noqa: F811
+    with pytest.raises(ValueError, match="num_generations"):
+        arguments(tmp_path, sft, prompts, num_rounds=1, asynchronous=True)
