@@ -41,7 +41,7 @@ DIFFERENCES = (("4 rounds", "one round"), ("asynchronous", "one round"))
 
 def settings_of(arm: str, seed: int, folder: Path) -> LoopArguments:
     """The flags of an arm: those of the recipe, with pairs as in the asynchronous form."""
-    given = yaml.safe_load((ROOT / "recipes" / "iterate_toy.yaml").read_text())
+    given = yaml.safe_load((ROOT / "recipes" / "iterate_tiny.yaml").read_text())
     given.pop("dtype")
     given = copy.deepcopy({**given, "num_candidates": 2, "max_eval_prompts": 512, **ARMS[arm]})
     # A pair of completions of each prompt in every arm: what differs is when labels come, not how PPO samples.

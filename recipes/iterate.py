@@ -8,7 +8,8 @@ The loop: sample, select, label, fit the reward model, PPO, measure, and again.
 On the toy world, which needs nothing, with simulated labels:
 
 ```bash
-python recipes/iterate.py --config recipes/iterate_toy.yaml --output_dir runs/loop
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/iterate.py --config recipes/iterate_tiny.yaml \
+    --output_dir runs/loop
 ```
 
 On your own SFT policy and prompts, with labels of people: `--model_name_or_path SFT --dataset_name PROMPTS.jsonl

@@ -16,8 +16,11 @@ from rlhf_ext import PPOConfig, PreferenceRewardConfig
 from rlhf_ext.data.arguments import DataArguments
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments
+from rlhf_ext.data.loop_arguments import LoopArguments
 from rlhf_ext.data.reward_arguments import RewardArguments
 from rlhf_ext.pipelines.constitution_training import build_configs
+from rlhf_ext.pipelines.loop_run import LoopRun
+from rlhf_ext.pipelines.loop_training import ppo_config, reward_config
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
 from tests.hub_server import TOKEN, HubServer
@@ -200,6 +203,26 @@ def test_constitution_recipe(tmp_path):
         assert (tmp_path / "out" / name / "model.safetensors").exists(), name
 
 
+def test_iterate_recipe(world, tmp_path):
+    """One round of the shipped YAML on a tiny model and prompts of one's own, and its report."""
+    trainers = yaml.safe_load((ROOT / "recipes" / "iterate_tiny.yaml").read_text())
+    line = [sys.executable, "-m", "accelerate.commands.launch"]
+    line += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes" / "iterate.py")]
+    line += ["--config", str(ROOT / "recipes" / "iterate_tiny.yaml"), "--output_dir", f"{tmp_path}/out"]
+    line += ["--toy", "false", "--model_name_or_path", f"{world}/policy", "--dataset_name", f"{world}/ppo.jsonl"]
+    line += ["--labels", "simulated", "--gold_func", "tests.tiny:word_count", "--eval_fraction", "0.2"]
+    line += ["--num_rounds", "1", "--labels_per_round", "8", "--incomparable_rate", "0", "--label_tie_band", "0"]
+    for name in ("reward", "ppo"):
+        small = {"max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0}
+        small |= {"steps_per_generation": 1, "num_iterations": 1} if name == "ppo" else {}
+        line += [f"--{name}", json.dumps({**trainers[name], **small})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    process = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    assert "round 1, evaluation" in process.stdout
+    assert (tmp_path / "out" / "round_1" / "policy" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_lora_recipes_share_one_base(world, tmp_path):
     """The reward recipe's adapter goes into the PPO recipe, which puts reward and critic on the policy's base."""
@@ -248,6 +271,13 @@ def parse(path: Path):
         parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", "out"])
         build_configs(*parsed)  # refuses an unknown key of a trainer
         return parsed
+    if kind == "iterate":
+        parsed = TrlParser((LoopArguments, ModelConfig)).parse_args_and_config(
+            ["--config", str(path), "--output_dir", "out"]
+        )
+        run = LoopRun(*parsed)
+        reward_config(run, Path("out"), 0), ppo_config(run, Path("out"), 0)  # refuse an unknown key of a trainer
+        return parsed
     parser = TrlParser((data_arguments, CONFIGS[kind], ModelConfig))
     flags = ["--config", str(path), "--output_dir", "out", "--bf16", "false"]
     flags += ["--reward_model_path", "reward"] if kind == "ppo" else []
@@ -285,7 +315,7 @@ def test_ziegler_settings():
     assert reward.per_device_train_batch_size * reward.gradient_accumulation_steps == 32 and data.max_rows == 4992
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate", "constitution"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "evaluate", "constitution", "iterate"])
 def test_a_recipe_states_its_dependencies_and_its_launch_line(name):
     text = (ROOT / "recipes" / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")

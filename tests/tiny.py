@@ -130,3 +130,8 @@ def _spread(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.dim() == 2:
                 parameter.mul_(5.0)
     return model
+
+
+def word_count(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+    """A gold score that tells almost any two completions of an untrained model apart."""
+    return [float(len(set(text.split()))) for text in completions]

@@ -95,7 +95,7 @@ def test_a_rollout_is_scored_by_the_newest_whole_model_and_staleness_is_counted(
     def save(version, labels, seed, whole=True):
         torch.manual_seed(seed)
         path = version_folder(tmp_path, version)
-        tiny_reward_model("llama", tokenizer).save_pretrained(path)
+        tiny_reward_model("llama", tokenizer, seed=seed).save_pretrained(path)
         tokenizer.save_pretrained(path)
         if whole:
             (path / "run.json").write_text(json.dumps({"settings": {}, "result": {"labels": labels}}))
