@@ -14,6 +14,7 @@ from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
 from ..functional.clusters import grouped_standard_error
 from ..functional.pairs import paired_wins, win_rate
+from ..functional.statistics import perplexity
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
 from ..metrics.length import Length
@@ -169,7 +170,7 @@ def reference_metrics(
     kwargs = {"pad_token_id": tokenizer.pad_token_id, "batch_size": s.batch_size}
     of_reference = completion_logps(reference.model, samples, **kwargs).double()
     tokens = sum(len(ids) for ids in samples.completion_ids)
-    found = {"perplexity": (-of_reference.sum() / tokens).exp().item()}
+    found = {"perplexity": perplexity(of_reference, num_tokens=tokens)[0].item()}
     if s.temperature > 0:
         kwargs["temperature"] = s.temperature
         if s.temperature != 1.0:
