@@ -5,6 +5,7 @@
 """
 Measures a reward model on preferences, or a policy on prompts; no training.
 
+A reward model may be the folder of an ensemble: its mean is the score, and its members and their spread are reported.
 Preferences are rows of `recipes/reward.py` or RewardBench's columns; a column `source`, `subset` or `category` gives
 one line each, and a table of helpful, honest, harmless. On a CPU, with tiny models of your own:
 
@@ -46,13 +47,11 @@ from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_opti
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.hub import check_model_name, find_file
 from rlhf_ext.models.nli import load_nli
-from rlhf_ext.models.scoring import ModelReward
 from rlhf_ext.models.sentence_encoder import load_encoder
-from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward
+from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward_or_ensemble
 from rlhf_ext.pipelines.evaluation_policy import (
     PolicySettings,
     Reference,
-    Scorer,
     build_judge,
     check_policy,
     evaluate_policy,
@@ -60,6 +59,7 @@ from rlhf_ext.pipelines.evaluation_policy import (
     wins_by_score,
 )
 from rlhf_ext.pipelines.evaluation_report import write_policy_report, write_reward_report
+from rlhf_ext.pipelines.evaluation_scorers import Scorer, load_scorer
 
 
 def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
@@ -67,9 +67,9 @@ def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
     dataset = load_evaluation_rows(args)
     results = []
     for name, path in names_of(args.reward_model_path).items():
-        model, tokenizer = load_reward(path, device=device, dtype="auto", trust_remote_code=args.trust_remote_code)
+        load = {"device": device, "trust_remote_code": args.trust_remote_code}
         result = evaluate_reward_model(
-            ModelReward(model, tokenizer, tokenizer, name=name, batch_size=args.batch_size),
+            load_reward_or_ensemble(path, name, batch_size=args.batch_size, **load),
             dataset,
             source_column=args.source_column,
             source_map=parse_source_map(args.source_map),
@@ -91,7 +91,8 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
     # Whatever can fail does so before the first answer.
     tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
     load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
-    scorers = [Scorer(name, *load_reward(path, **load)) for name, path in names_of(args.reward_model_path).items()]
+    load["batch_size"] = args.batch_size
+    scorers = [load_scorer(path, name, **load) for name, path in names_of(args.reward_model_path).items()]
     scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
     reference = judge = encoder = nli = None
     if args.reference_model_path:

@@ -14,13 +14,14 @@ from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
 from ..functional.clusters import grouped_standard_error
 from ..functional.pairs import paired_wins, win_rate
+from ..functional.scores import ensemble_mean, ensemble_spread
 from ..functional.statistics import perplexity
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
 from ..metrics.length import Length
 from ..models.build import shortest_context
 from ..models.generation import Samples, completion_logps, end_token_ids, sample_completions
-from ..models.reward_functions import ModelReward, checked_reward
+from .evaluation_scorers import Scorer
 
 
 @dataclass
@@ -29,43 +30,6 @@ class Reference:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass
-class Scorer:
-    """A reward model with its tokenizer, or a Python function with TRL's signature, under the name of the reports."""
-
-    name: str
-    model: nn.Module | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    function: Callable[..., Any] | None = None
-
-    def score(self, samples: Samples, tokenizer: PreTrainedTokenizerBase, columns: dict[str, list], batch_size: int):
-        """One score per sample; `tokenizer` is the policy's, `columns` are further columns of the prompts."""
-        reward = self.function
-        extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
-        if self.model is not None:
-            reward, extra = ModelReward(self.model, self.tokenizer, tokenizer, batch_size=batch_size), {}
-            if not reward.shares_tokenizer:
-                # Finished is what was not cut, whichever of several ids ended it.
-                reward.eos_token_ids = {ids[-1] for ids, cut in _endings(samples) if not cut}
-        completions = samples.texts
-        if not isinstance(samples.prompts[0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
-        scores = checked_reward(reward)(
-            prompts=samples.prompts,
-            completions=completions,
-            completion_ids=samples.completion_ids,
-            prompt_ids=samples.prompt_ids,
-            **columns,
-            **extra,
-        )
-        if any(score is None for score in scores):
-            raise ValueError(
-                f"{self.name!r} gave no score (None) for row {scores.index(None)}; a mean needs one for every answer. "
-                "Leave out the prompts it does not apply to."
-            )
-        return scores
 
 
 @dataclass
@@ -91,6 +55,7 @@ class PolicyEvaluation:
         name (`str`): of the reports.
         samples ([`Samples`]): answers, `num_samples` per prompt.
         scores (`dict[str, list[float]]`): by scorer, one per answer.
+        spreads (`dict[str, list[float]]`): by scorer that is an ensemble, its members' deviation, one per answer.
         num_samples (`int`): answers to each prompt, which stand side by side.
         metrics (`dict[str, float]`): see docs/measures.md.
     """
@@ -100,6 +65,7 @@ class PolicyEvaluation:
     num_samples: int = 1
     scores: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, list[float]] = field(default_factory=dict)
 
 
 def evaluate_policy(
@@ -149,10 +115,14 @@ def evaluate_policy(
     }
     found = PolicyEvaluation(name, samples, settings.num_samples)
     for scorer in scorers:
-        values = scorer.score(samples, tokenizer, repeated, settings.batch_size)
-        found.scores[scorer.name] = values
-        found.metrics[f"score/{scorer.name}"] = sum(values) / len(values)
-        found.metrics[f"score/{scorer.name}_se"] = grouped_standard_error(values, settings.num_samples)
+        members = scorer.score_members(samples, tokenizer, repeated, settings.batch_size)
+        measured = {"score": ensemble_mean(members).tolist()}
+        found.scores[scorer.name] = measured["score"]
+        if members.shape[1] > 1:
+            found.spreads[scorer.name] = measured["spread"] = ensemble_spread(members).tolist()
+        for kind, values in measured.items():
+            found.metrics[f"{kind}/{scorer.name}"] = sum(values) / len(values)
+            found.metrics[f"{kind}/{scorer.name}_se"] = grouped_standard_error(values, settings.num_samples)
     if reference is not None:
         found.metrics |= reference_metrics(model, reference, samples, tokenizer, settings)
     found.metrics |= text_metrics(samples, settings)
@@ -270,11 +240,3 @@ def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: 
         max_completion_length=max_length,
         max_positions=shortest_context(model),
     )
-
-
-def _endings(samples: Samples):
-    return zip(samples.completion_ids, samples.truncated, strict=True)
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """What a trainer would log."""
