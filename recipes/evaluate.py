@@ -42,31 +42,38 @@ from trl import TrlParser
 
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
 from rlhf_ext.data.evaluation_rows import parse_source_map, unique_prompts
-from rlhf_ext.data.functions import import_function
 from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.hub import check_model_name, find_file
 from rlhf_ext.models.nli import load_nli
 from rlhf_ext.models.sentence_encoder import load_encoder
 from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward_or_ensemble
+from rlhf_ext.pipelines.evaluation_checks import (
+    check_judge,
+    check_judge_answers,
+    check_output,
+    check_policies,
+    check_preferences,
+    check_readers,
+)
 from rlhf_ext.pipelines.evaluation_policy import (
     PolicySettings,
     Reference,
     build_judge,
-    check_policy,
     evaluate_policy,
     wins_by_judge,
     wins_by_score,
 )
 from rlhf_ext.pipelines.evaluation_report import write_policy_report, write_reward_report
-from rlhf_ext.pipelines.evaluation_scorers import Scorer, load_scorer
+from rlhf_ext.pipelines.evaluation_scorers import function_scorer, load_scorer
 
 
 def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
     """Reward models on preference rows; returns the Markdown."""
-    dataset = load_evaluation_rows(args)
+    dataset, paths = load_evaluation_rows(args), names_of(args.reward_model_path)
+    check_preferences(paths, dataset, args)
     results = []
-    for name, path in names_of(args.reward_model_path).items():
+    for name, path in paths.items():
         load = {"device": device, "trust_remote_code": args.trust_remote_code}
         result = evaluate_reward_model(
             load_reward_or_ensemble(path, name, batch_size=args.batch_size, **load),
@@ -90,14 +97,19 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
         paths |= {f"baseline {name}": path for name, path in names_of([args.baseline_model_path]).items()}
     # Whatever can fail does so before the first answer.
     tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
+    check_policies(paths, tokenizers, dataset, args.max_completion_length, args.trust_remote_code)
+    columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
     load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
     load["batch_size"] = args.batch_size
     scorers = [load_scorer(path, name, **load) for name, path in names_of(args.reward_model_path).items()]
-    scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
+    scorers += [function_scorer(name, list(columns)) for name in args.reward_funcs or []]
     reference = judge = encoder = nli = None
     if args.reference_model_path:
         path = args.reference_model_path
         reference = Reference(load_language_model(path, args, device), load_tokenizer(path, args))
+    prompts, knows_room = dataset["prompt"][:], True
+    taken = ["judge"] if args.judge_model_path else []
+    check_readers(scorers, reference, tokenizers, prompts, args.max_completion_length, taken)
     if args.judge_model_path:
         judge = build_judge(
             load_language_model(args.judge_model_path, args, device),
@@ -107,6 +119,7 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
             labels=args.judge_labels,
             batch_size=args.batch_size,
         )
+        knows_room = check_judge(judge, tokenizers, prompts, args.max_completion_length)
     if args.embedding_model_path:
         encoder = load_encoder(args.embedding_model_path, device=device)
     if args.nli_model_path:
@@ -114,16 +127,14 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
     names = ("num_samples", "max_completion_length", "temperature", "batch_size", "seed", "insult_words")
     settings = PolicySettings(**{name: getattr(args, name) for name in names}, encoder=encoder, nli=nli)
 
-    columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
     found = []
     for name, path in paths.items():
         model, tokenizer = load_language_model(path, args, device), tokenizers[name]
-        check_policy(model, tokenizer, dataset, args.max_completion_length)
         evaluation = evaluate_policy(
             name,
             model,
             tokenizer,
-            dataset["prompt"][:],
+            prompts,
             scorers,
             settings,
             reference=reference,
@@ -132,6 +143,8 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
         )
         found.append(evaluation)
         del model  # one policy at a time
+        if not knows_room and len(found) == 1:
+            check_judge_answers(judge, evaluation)
     policies, baseline = (found[:-1], found[-1]) if args.baseline_model_path else (found, None)
     wins = {policy.name: wins_by_score(policy, baseline) for policy in policies} if baseline else {}
     if judge is not None:
@@ -171,6 +184,7 @@ def main(args: EvaluationArguments) -> None:
         raise ValueError(
             f"{state.num_processes} processes were started; the evaluation runs in one (--num_processes 1)."
         )
+    check_output(args.output_dir)
     judge = judge_policies if args.policy_model_path else judge_preferences
     print(judge(args, state.device), flush=True)
     print(f"Written to {args.output_dir}: evaluation.json, evaluation.md, report.html", flush=True)

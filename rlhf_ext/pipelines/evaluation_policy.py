@@ -93,11 +93,8 @@ def evaluate_policy(
         ValueError: a tokenizer without an end of sequence, one of another vocabulary than the reference's, a prompt
             that leaves no room for an answer, or a scorer that fails.
     """
-    if reference is not None and reference.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{name!r} and the reference have different vocabularies, so no KL is defined between them. Give a "
-            "`reference_model_path` with the policy's tokenizer, or none."
-        )
+    if reference is not None:
+        check_reference(name, tokenizer, reference)
     set_seed(settings.seed)
     samples = sample_completions(
         model,
@@ -127,6 +124,15 @@ def evaluate_policy(
         found.metrics |= reference_metrics(model, reference, samples, tokenizer, settings)
     found.metrics |= text_metrics(samples, settings)
     return found
+
+
+def check_reference(name: str, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:
+    """Raises `ValueError` where the policy `name` has another vocabulary than the reference."""
+    if reference.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{name!r} and the reference have different vocabularies, so no KL is defined between them. Give a "
+            "`reference_model_path` with the policy's tokenizer, or none."
+        )
 
 
 def reference_metrics(
@@ -190,11 +196,28 @@ def build_judge(
             As in [`~rlhf_ext.feedback.judge.AIJudge`].
 
     Raises:
-        ValueError: the tokenizer cannot tell the labels apart.
+        ValueError: the tokenizer cannot tell the labels apart, or the template cannot be filled.
     """
+    if template is not None:
+        check_template(template)
     principle = Principle(name="better", critique="", revision="", question=question)
     how = {"template": template, "labels": None if labels is None else tuple(labels), "batch_size": batch_size}
     return AIJudge(model, tokenizer, [principle], **how)
+
+
+def check_template(template: str) -> None:
+    """Raises `ValueError` for a format string of a judge that does not hold the prompt and both answers."""
+    parts = {"prompt": "\0prompt", "question": "\0question", "first": "\0first", "second": "\0second"}
+    try:
+        text = template.format(**parts, few_shots="")
+    except (AttributeError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"`judge_template` cannot be filled in ({type(error).__name__}: {error}). Its fields are "
+            "{prompt}, {question}, {first} and {second}; any other brace is written twice."
+        ) from error
+    missing = [name for name in ("prompt", "first", "second") if parts[name] not in text]
+    if missing:
+        raise ValueError(f"`judge_template` has no {missing}: the judge would not read them. Write {{name}} for each.")
 
 
 def wins_by_judge(
@@ -230,13 +253,20 @@ def as_text(prompt: str | list[dict[str, Any]]) -> str:
 
 def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int) -> None:
     """Refuse prompts and tokenizers that sampling would stumble over, and give a tokenizer without padding one."""
+    check_sampling(tokenizer, dataset, max_length, shortest_context(model))
+
+
+def check_sampling(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int, context: int | None, name: str = ""
+) -> None:
+    """The same before the policy is loaded, of which `context` tokens are known, and the name for messages."""
     check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_prompts(
         dataset,
-        "The prompt data set",
+        f"The prompt data set (read by {name!r})" if name else "The prompt data set",
         tokenizer,
         max_completion_length=max_length,
-        max_positions=shortest_context(model),
+        max_positions=context,
     )

@@ -1,7 +1,7 @@
 """What gives a policy's answers their scores: a reward model, an ensemble of them, or a Python function."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.functions import import_function
 from ..functional.scores import as_scores, ensemble_mean
 from ..models.ensembles import RewardEnsemble, is_reward_ensemble, load_reward_ensemble
 from ..models.generation import Samples
@@ -90,15 +91,34 @@ GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_stat
 """What a Python function is called with, beside the columns of the prompts."""
 
 
-def missing_arguments(function: Callable[..., Any], columns: list[str]) -> list[str]:
-    """Arguments without a default that neither the evaluation nor a column of the prompts gives."""
+def function_scorer(name: str, columns: Sequence[str]) -> Scorer:
+    """
+    The Python function `module:function` as a scorer under its own name.
+
+    Args:
+        columns (`Sequence[str]`): further columns of the prompts.
+
+    Raises:
+        ValueError: there is no such function, it is a coroutine, or it cannot be called with what it will be given.
+    """
+    from trl.trainer.utils import is_async_callable
+
+    function = import_function(name)
+    if is_async_callable(function):
+        raise ValueError(f"`reward_funcs` names {name!r}, a coroutine. Write a plain function.")
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in kinds]
-    return [name for name in needed if name not in (*GIVEN, *columns)]
+        return Scorer(name.partition(":")[2], function=function)
+    try:
+        signature.bind(**dict.fromkeys((*GIVEN, *columns)))
+    except TypeError as error:
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, which cannot be called: {error}. It is given {', '.join(GIVEN)} and the "
+            f"columns {list(columns)} of the prompts; take `**kwargs` for what it does not read, and rename a column "
+            "that it does."
+        ) from error
+    return Scorer(name.partition(":")[2], function=function)
 
 
 def load_scorer(path: str, name: str, *, batch_size: int, **options: Any) -> Scorer:
