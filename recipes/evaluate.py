@@ -55,6 +55,7 @@ from rlhf_ext.pipelines.evaluation_checks import (
     check_policies,
     check_preferences,
     check_readers,
+    check_reward_files,
 )
 from rlhf_ext.pipelines.evaluation_policy import (
     PolicySettings,
@@ -97,11 +98,14 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
         paths |= {f"baseline {name}": path for name, path in names_of([args.baseline_model_path]).items()}
     # Whatever can fail does so before the first answer.
     tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
+    rewards = names_of(args.reward_model_path)
+    for path in rewards.values():
+        check_reward_files(path, args.trust_remote_code)
     check_policies(paths, tokenizers, dataset, args.max_completion_length, args.trust_remote_code)
     columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
     load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
     load["batch_size"] = args.batch_size
-    scorers = [load_scorer(path, name, **load) for name, path in names_of(args.reward_model_path).items()]
+    scorers = [load_scorer(path, name, **load) for name, path in rewards.items()]
     scorers += [function_scorer(name, list(columns)) for name in args.reward_funcs or []]
     reference = judge = encoder = nli = None
     if args.reference_model_path:

@@ -26,7 +26,7 @@ class EvaluationArguments(DataArguments):
         output_dir (`str`):
             Where `evaluation.json`, `evaluation.md` and `report.html` are written.
         reward_model_path (`list[str]`, *optional*):
-            Folders or Hub ids of reward models, full or adapters.
+            Folders or Hub ids of reward models, full or adapters, and folders of ensembles.
         reward_funcs (`list[str]`, *optional*):
             Python scores of a policy's answers as `module:function`.
         policy_model_path (`list[str]`, *optional*):
@@ -40,7 +40,8 @@ class EvaluationArguments(DataArguments):
     )
     output_dir: str = field(default="", metadata={"help": "Folder of the results."})
     reward_model_path: list[str] | None = field(
-        default=None, metadata={"help": "Folders or Hub ids of reward models, full or adapters."}
+        default=None,
+        metadata={"help": "Folders or Hub ids of reward models, full or adapters, and folders of ensembles."},
     )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Python scores of a policy's answers, as `module:function`."}

@@ -140,7 +140,10 @@ class AIJudge:
             labels = ("(A)", "(B)") if self.uses_chat and not chain_of_thought else (" (A)", " (B)")
         self.label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         if self.label_ids[0] == self.label_ids[1] or not all(self.label_ids):
-            raise ValueError(f"The tokenizer makes {self.label_ids} of the `labels` {labels}; they must differ.")
+            raise ValueError(
+                f"The tokenizer makes {self.label_ids} of the `labels` {labels}; they must differ. Give "
+                "two that it tells apart (`--judge_labels` of recipes/evaluate.py)."
+            )
         self.model, self.tokenizer, self.principles = model.eval(), tokenizer, list(principles)
         self.principles_per_pair, self.few_shots = principles_per_pair, list(few_shots)
         self.chain_of_thought, self.clamp = chain_of_thought, clamp or ((0.4, 0.6) if chain_of_thought else None)

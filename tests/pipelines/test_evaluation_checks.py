@@ -104,6 +104,11 @@ TO_REFUSE = {
         POLICY + " --reward_model_path {w}/no_chat_reward --dataset_name {w}/messages.jsonl",
         "messages.*'no_chat_reward'.*no chat template",
     ),
+    "a reward model of a policy that is not there": (
+        POLICY + " --reward_model_path {w}/gone",
+        "reward_model_path=.*gone",
+    ),
+    "labels that are one token": (BASELINE + " --judge_model_path {w}/policy", "labels.*judge_labels"),
     "an ensemble with a member missing": (
         PAIRS + " --reward_model_path {w}/ensemble",
         "reward_model_path=.*member_1",
