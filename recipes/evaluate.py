@@ -5,6 +5,7 @@
 """
 Measures a reward model on preferences, or a policy on prompts; no training.
 
+A reward model may be the folder of an ensemble: its mean is the score, and its members and their spread are reported.
 Preferences are rows of `recipes/reward.py` or RewardBench's columns; a column `source`, `subset` or `category` gives
 one line each, and a table of helpful, honest, harmless. On a CPU, with tiny models of your own:
 
@@ -41,35 +42,42 @@ from trl import TrlParser
 
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
 from rlhf_ext.data.evaluation_rows import parse_source_map, unique_prompts
-from rlhf_ext.data.functions import import_function
 from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.hub import check_model_name, find_file
 from rlhf_ext.models.nli import load_nli
-from rlhf_ext.models.scoring import ModelReward
 from rlhf_ext.models.sentence_encoder import load_encoder
-from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward
+from rlhf_ext.pipelines.evaluation import evaluate_reward_model, load_reward_or_ensemble
+from rlhf_ext.pipelines.evaluation_checks import (
+    check_judge,
+    check_judge_answers,
+    check_output,
+    check_policies,
+    check_preferences,
+    check_readers,
+    check_reward_files,
+)
 from rlhf_ext.pipelines.evaluation_policy import (
     PolicySettings,
     Reference,
-    Scorer,
     build_judge,
-    check_policy,
     evaluate_policy,
     wins_by_judge,
     wins_by_score,
 )
 from rlhf_ext.pipelines.evaluation_report import write_policy_report, write_reward_report
+from rlhf_ext.pipelines.evaluation_scorers import function_scorer, load_scorer
 
 
 def judge_preferences(args: EvaluationArguments, device: torch.device) -> str:
     """Reward models on preference rows; returns the Markdown."""
-    dataset = load_evaluation_rows(args)
+    dataset, paths = load_evaluation_rows(args), names_of(args.reward_model_path)
+    check_preferences(paths, dataset, args)
     results = []
-    for name, path in names_of(args.reward_model_path).items():
-        model, tokenizer = load_reward(path, device=device, dtype="auto", trust_remote_code=args.trust_remote_code)
+    for name, path in paths.items():
+        load = {"device": device, "trust_remote_code": args.trust_remote_code}
         result = evaluate_reward_model(
-            ModelReward(model, tokenizer, tokenizer, name=name, batch_size=args.batch_size),
+            load_reward_or_ensemble(path, name, batch_size=args.batch_size, **load),
             dataset,
             source_column=args.source_column,
             source_map=parse_source_map(args.source_map),
@@ -90,13 +98,22 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
         paths |= {f"baseline {name}": path for name, path in names_of([args.baseline_model_path]).items()}
     # Whatever can fail does so before the first answer.
     tokenizers = {name: load_tokenizer(path, args) for name, path in paths.items()}
+    rewards = names_of(args.reward_model_path)
+    for path in rewards.values():
+        check_reward_files(path, args.trust_remote_code)
+    check_policies(paths, tokenizers, dataset, args.max_completion_length, args.trust_remote_code)
+    columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
     load = {"device": device, "dtype": "auto", "trust_remote_code": args.trust_remote_code}
-    scorers = [Scorer(name, *load_reward(path, **load)) for name, path in names_of(args.reward_model_path).items()]
-    scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
+    load["batch_size"] = args.batch_size
+    scorers = [load_scorer(path, name, **load) for name, path in rewards.items()]
+    scorers += [function_scorer(name, list(columns)) for name in args.reward_funcs or []]
     reference = judge = encoder = nli = None
     if args.reference_model_path:
         path = args.reference_model_path
         reference = Reference(load_language_model(path, args, device), load_tokenizer(path, args))
+    prompts, knows_room = dataset["prompt"][:], True
+    taken = ["judge"] if args.judge_model_path else []
+    check_readers(scorers, reference, tokenizers, prompts, args.max_completion_length, taken)
     if args.judge_model_path:
         judge = build_judge(
             load_language_model(args.judge_model_path, args, device),
@@ -106,6 +123,7 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
             labels=args.judge_labels,
             batch_size=args.batch_size,
         )
+        knows_room = check_judge(judge, tokenizers, prompts, args.max_completion_length)
     if args.embedding_model_path:
         encoder = load_encoder(args.embedding_model_path, device=device)
     if args.nli_model_path:
@@ -113,16 +131,14 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
     names = ("num_samples", "max_completion_length", "temperature", "batch_size", "seed", "insult_words")
     settings = PolicySettings(**{name: getattr(args, name) for name in names}, encoder=encoder, nli=nli)
 
-    columns = {name: dataset[name][:] for name in dataset.column_names if name != "prompt"}
     found = []
     for name, path in paths.items():
         model, tokenizer = load_language_model(path, args, device), tokenizers[name]
-        check_policy(model, tokenizer, dataset, args.max_completion_length)
         evaluation = evaluate_policy(
             name,
             model,
             tokenizer,
-            dataset["prompt"][:],
+            prompts,
             scorers,
             settings,
             reference=reference,
@@ -131,6 +147,8 @@ def judge_policies(args: EvaluationArguments, device: torch.device) -> str:
         )
         found.append(evaluation)
         del model  # one policy at a time
+        if not knows_room and len(found) == 1:
+            check_judge_answers(judge, evaluation)
     policies, baseline = (found[:-1], found[-1]) if args.baseline_model_path else (found, None)
     wins = {policy.name: wins_by_score(policy, baseline) for policy in policies} if baseline else {}
     if judge is not None:
@@ -170,6 +188,7 @@ def main(args: EvaluationArguments) -> None:
         raise ValueError(
             f"{state.num_processes} processes were started; the evaluation runs in one (--num_processes 1)."
         )
+    check_output(args.output_dir)
     judge = judge_policies if args.policy_model_path else judge_preferences
     print(judge(args, state.device), flush=True)
     print(f"Written to {args.output_dir}: evaluation.json, evaluation.md, report.html", flush=True)

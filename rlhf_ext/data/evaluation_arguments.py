@@ -1,5 +1,7 @@
 """The flags of `recipes/evaluate.py`."""
 
+import math
+import os
 from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
@@ -24,7 +26,7 @@ class EvaluationArguments(DataArguments):
         output_dir (`str`):
             Where `evaluation.json`, `evaluation.md` and `report.html` are written.
         reward_model_path (`list[str]`, *optional*):
-            Folders or Hub ids of reward models, full or adapters.
+            Folders or Hub ids of reward models, full or adapters, and folders of ensembles.
         reward_funcs (`list[str]`, *optional*):
             Python scores of a policy's answers as `module:function`.
         policy_model_path (`list[str]`, *optional*):
@@ -38,7 +40,8 @@ class EvaluationArguments(DataArguments):
     )
     output_dir: str = field(default="", metadata={"help": "Folder of the results."})
     reward_model_path: list[str] | None = field(
-        default=None, metadata={"help": "Folders or Hub ids of reward models, full or adapters."}
+        default=None,
+        metadata={"help": "Folders or Hub ids of reward models, full or adapters, and folders of ensembles."},
     )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Python scores of a policy's answers, as `module:function`."}
@@ -119,8 +122,14 @@ class EvaluationArguments(DataArguments):
         for name in ("num_samples", "max_completion_length", "num_bins", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it is 0 (greedy) or more.")
+        if self.num_bins % 2:
+            raise ValueError(f"`num_bins` is {self.num_bins}; give an even number: a middle bin hides what is in it.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` is {self.max_length}; it is at least 1, or unset for the model's context.")
+        if self.num_shown < 0:
+            raise ValueError(f"`num_shown` is {self.num_shown}; it is 0 or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature` is {self.temperature}; it is 0 (greedy) or more, and finite.")
         if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"`dtype` is {self.dtype!r}; choose float32, bfloat16, float16 or auto.")
         self._check_mode()
@@ -137,6 +146,11 @@ class EvaluationArguments(DataArguments):
                 )
             if self.judge_model_path and not self.baseline_model_path:
                 raise ValueError("`judge_model_path` compares two policies: give `baseline_model_path` too.")
+            asked = [name for name in ("judge_template", "judge_labels") if getattr(self, name)]
+            if asked and not self.judge_model_path:
+                raise ValueError(f"{asked} belong to a judge, but there is no `judge_model_path`. Give one.")
+            if self.judge_template and not os.path.isfile(self.judge_template):
+                raise ValueError(f"`judge_template` is {self.judge_template!r}, which is no file. Name one.")
             return
         if not self.reward_model_path:
             raise ValueError(

@@ -140,7 +140,10 @@ class AIJudge:
             labels = ("(A)", "(B)") if self.uses_chat and not chain_of_thought else (" (A)", " (B)")
         self.label_ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         if self.label_ids[0] == self.label_ids[1] or not all(self.label_ids):
-            raise ValueError(f"The tokenizer makes {self.label_ids} of the `labels` {labels}; they must differ.")
+            raise ValueError(
+                f"The tokenizer makes {self.label_ids} of the `labels` {labels}; they must differ. Give "
+                "two that it tells apart (`--judge_labels` of recipes/evaluate.py)."
+            )
         self.model, self.tokenizer, self.principles = model.eval(), tokenizer, list(principles)
         self.principles_per_pair, self.few_shots = principles_per_pair, list(few_shots)
         self.chain_of_thought, self.clamp = chain_of_thought, clamp or ((0.4, 0.6) if chain_of_thought else None)
@@ -193,6 +196,20 @@ class AIJudge:
             thoughts=[thoughts[start : start + size] for start in range(0, len(thoughts), size)],
         )
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads; `None` without a limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def question_lengths(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[int]:
+        """Tokens of the longest question about each pair, whichever principle is drawn, with few-shots and label."""
+        shots = "".join(f"{shot}\n\n" for shot in self.few_shots)
+        label = max(map(len, self.label_ids))
+        return [
+            label + max(len(self._ids(self._ask(prompt, p.question, a, b, shots))) for p in self.principles)
+            for prompt, a, b in zip(prompts, first, second, strict=True)
+        ]
+
     def rows(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], **kwargs: Any) -> list[dict]:
         """Soft-labelled preference rows: `prompt`, `completions`, `target` = [p, 1 - p], `principles`."""
         verdicts = self.compare(prompts, first, second, **kwargs)
@@ -216,6 +233,10 @@ class AIJudge:
         messages = [{"role": "user", "content": CHAT_TEMPLATE.format(**parts)}]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
+    def _ids(self, question: str) -> list[int]:
+        # A chat template writes its own special tokens.
+        return self.tokenizer(question, add_special_tokens=not self.uses_chat)["input_ids"]
+
     def _think(self, questions: list[str], progress: str | None) -> tuple[list[str], list[str]]:
         """The questions with what the model writes of its own accord before the choice, and that alone."""
         starts = [question.removesuffix(CHOICE) + THINK for question in questions]
@@ -237,13 +258,11 @@ class AIJudge:
     def _option_logps(self, questions: list[str], progress: str | None) -> torch.Tensor:
         """Log-probability of both labels after each question, `(len(questions), 2)` in nats."""
         device = next(self.model.parameters()).device
-        # A chat template writes its own special tokens.
-        contexts = [self.tokenizer(q, add_special_tokens=not self.uses_chat)["input_ids"] for q in questions]
+        contexts = [self._ids(question) for question in questions]
         longest = max(map(len, contexts)) + max(map(len, self.label_ids))
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+        if self.context is not None and longest > self.context:
             raise ValueError(
-                f"A question is {longest} tokens long, the judge's context {limit}. Shorten prompts and "
+                f"A question is {longest} tokens long, the judge's context {self.context}. Shorten prompts and "
                 "completions, or take fewer `few_shots`."
             )
         found = torch.empty(len(contexts), 2)

@@ -191,3 +191,25 @@ def is_below_zero(kl: torch.Tensor, mask: torch.Tensor) -> bool:
     if len(per_sequence) < 8:  # too few to know their spread
         return False
     return bool(per_sequence.mean() < -3 * per_sequence.std() / len(per_sequence) ** 0.5 - 1e-4)
+
+
+@torch.no_grad()
+def perplexity(logps: torch.Tensor, *, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Perplexity exp(nll) and nll = -sum log p / tokens, nats per token, pooled over all answers.
+
+    Args:
+        logps (`torch.Tensor` of shape `(N,)`): log-probability of each answer, summed over its tokens.
+        num_tokens (`int`): predicted tokens of all answers together.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both 0-d, float64.
+
+    Raises:
+        ValueError: If `logps` is not a floating `(N,)`, or `num_tokens` is below 1.
+    """
+    checks.check_tensor("logps", logps)
+    if logps.dim() != 1:
+        raise ValueError(f"`logps` has shape {tuple(logps.shape)}, expected (N,): one sum per answer.")
+    checks.check_scalar("num_tokens", num_tokens, minimum=1)
+    nll = -logps.double().sum() / num_tokens
+    return nll.exp(), nll

@@ -2,8 +2,8 @@
 
 import datasets
 import evaluate
-import torch
 
+from rlhf_ext.functional.statistics import perplexity
 from rlhf_ext.models.generation import Samples, completion_logps
 
 
@@ -54,5 +54,5 @@ class ReferencePerplexity(evaluate.Metric):
             raise ValueError("`predictions` has no token to predict. Give at least one answer with one.")
         samples = Samples([], [], references, predictions, [])
         logps = completion_logps(model, samples, pad_token_id=pad_token_id, batch_size=batch_size)
-        nll = -logps.double().sum() / tokens
-        return {"perplexity": torch.exp(nll).item(), "nll": nll.item(), "tokens": tokens}
+        value, nll = perplexity(logps, num_tokens=tokens)
+        return {"perplexity": value.item(), "nll": nll.item(), "tokens": tokens}

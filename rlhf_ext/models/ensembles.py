@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..functional.scores import as_scores, preference_variance
 from .base_quantization import QUANTIZATION_FILE, read_base_quantization
 from .pooling import normalization_of, set_normalization
-from .reward_checkpoints import load_reward_model, saved_aggregation, saved_normalization
+from .reward_checkpoints import load_reward_model, saved_aggregation, saved_noise, saved_normalization
 from .reward_functions import ModelReward, Text
 from .roles import POLICY, RoleSwitch
 from .score_wrappers import EnsembleMean, EnsembleSpread
@@ -38,6 +38,7 @@ class MemberReward(ModelReward):
         adapter (`str`): adapter of the member; without effect on a model that has none.
         normalization (`tuple[float, float]`, *optional*): gain and bias of its scores.
         training_gain (`float`, *optional*, defaults to 1.0): gain of its scores in training.
+        prediction_noise (`float`, *optional*, defaults to 0.0): share of random answers that its loss allowed for.
         args, kwargs: as for [`ModelReward`].
     """
 
@@ -49,15 +50,21 @@ class MemberReward(ModelReward):
         adapter: str,
         normalization: tuple[float, float] | None = None,
         training_gain: float = 1.0,
+        prediction_noise: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(model, *args, **kwargs)
         self.switch, self.adapter = switch, adapter
         self.normalization, self.training_gain = normalization, training_gain
+        self.prediction_noise = prediction_noise
 
     @property
     def is_normalized(self) -> bool:
         return self.normalization is not None
+
+    @property
+    def log_odds(self) -> tuple[float, float]:
+        return self.training_gain / (self.normalization or (1.0, 0.0))[0], self.prediction_noise
 
     def _score(self, rows: list[list[int]], completion_lengths: list[int]) -> torch.Tensor:
         gain, bias = self.normalization or (1.0, 0.0)
@@ -71,14 +78,16 @@ class RewardEnsemble:
 
     Args:
         members (`list[MemberReward]`): at least two.
+        name (`str`, *optional*, defaults to `"ensemble"`): in reports.
+        normalized_over (`str`, *optional*): on what the members got mean 0 and deviation 1, as `ensemble.json` says.
 
     Attributes:
         mean ([`EnsembleMean`]): the reward: `PPOTrainer(reward_funcs=ensemble.mean)`.
         spread ([`EnsembleSpread`]): the doubt: `PPOTrainer(probe_funcs=ensemble.spread)`. Runs every member again.
     """
 
-    def __init__(self, members: Sequence[MemberReward]):
-        self.members = list(members)
+    def __init__(self, members: Sequence[MemberReward], name: str = "ensemble", normalized_over: str | None = None):
+        self.members, self.__name__, self.normalized_over = list(members), name, normalized_over
         self.mean, self.spread = EnsembleMean(self.members), EnsembleSpread(self.members)
 
     def disagreement(
@@ -107,13 +116,9 @@ class RewardEnsemble:
         columns = []
         for texts, ids in ((first, first_ids), (second, second_ids)):
             given = {"prompts": prompts, "completions": texts, "completion_ids": ids, "prompt_ids": prompt_ids}
-            scores = [as_scores(member(**given)) * _trained_unit(member) for member in self.members]
+            scores = [as_scores(member(**given)) * member.log_odds[0] for member in self.members]
             columns.append(torch.stack(scores, dim=1))
         return preference_variance(*columns).tolist()
-
-
-def _trained_unit(member: MemberReward) -> float:
-    return member.training_gain / (member.normalization or (1.0, 0.0))[0]
 
 
 def is_reward_ensemble(path: Any) -> bool:
@@ -150,7 +155,8 @@ def load_reward_ensemble(
     path = Path(path)
     if not is_reward_ensemble(path):
         raise ValueError(f"{str(path)!r} has no {ENSEMBLE_FILE}. Pass the folder of a reward ensemble.")
-    saved = json.loads((path / ENSEMBLE_FILE).read_text(encoding="utf-8"))["members"]
+    ensemble = json.loads((path / ENSEMBLE_FILE).read_text(encoding="utf-8"))
+    saved = ensemble["members"]
     folders = [path / member["folder"] for member in saved]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"{str(path / ENSEMBLE_FILE)!r} names {missing}, which are not there. Train them again.")
@@ -176,9 +182,10 @@ def load_reward_ensemble(
                 adapter=POLICY if folder == folders[0] else folder.name,
                 normalization=normalization,
                 training_gain=float(member.get("training_gain", 1.0)),
+                prediction_noise=saved_noise(str(folder)),
             )
         )
-    return RewardEnsemble(members)
+    return RewardEnsemble(members, path.resolve().name, ensemble.get("normalized_over"))
 
 
 def _load_adapters(folders: list[Path], *, device: Any, **options: Any) -> nn.Module:

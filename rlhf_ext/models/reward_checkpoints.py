@@ -138,6 +138,11 @@ def saved_normalization(path: str) -> tuple[float, float] | None:
     return float(saved["score_gain"]), float(saved["score_bias"])
 
 
+def saved_noise(path: str) -> float:
+    """Share of random answers that the loss of the reward model in `path` allowed for."""
+    return float(_read_json(find_file(path, REWARD_FILE)).get("prediction_noise", 0.0))
+
+
 def save_normalization(folder: str | os.PathLike, gain: float, bias: float) -> None:
     """Save gain and bias with a reward model: whoever loads it gets gain * score + bias, a critic made of it too.
 

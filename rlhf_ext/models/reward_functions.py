@@ -16,6 +16,7 @@ from ..data.loading import common_prefix_length
 from .pooling import (
     has_normalization,
     last_token_scores,
+    log_odds_of,
     normalization_of,
     pooled_aggregation,
     sum_token_scores,
@@ -72,11 +73,20 @@ class ModelReward:
             )
         self.model = model
         self.processing_class = processing_class
-        self.policy_processing_class = policy_processing_class
         self.batch_size = batch_size
-        self.shares_tokenizer = processing_class.get_vocab() == policy_processing_class.get_vocab()
-        self.eos_token_ids: set[int] = {policy_processing_class.eos_token_id} - {None}
         self.__name__ = name or _name_of(model)
+        self.set_policy(policy_processing_class)
+
+    def set_policy(self, policy_processing_class: PreTrainedTokenizerBase) -> None:
+        """Read the completions of the policy with this tokenizer from now on."""
+        self.policy_processing_class = policy_processing_class
+        self.shares_tokenizer = self.processing_class.get_vocab() == policy_processing_class.get_vocab()
+        self.eos_token_ids: set[int] = {policy_processing_class.eos_token_id} - {None}
+
+    @property
+    def log_odds(self) -> tuple[float, float]:
+        """Factor and noise that make a difference of its scores a preference, as [`log_odds_of`] gives them."""
+        return log_odds_of(self.model)
 
     @property
     def is_normalized(self) -> bool:

@@ -1,6 +1,7 @@
-"""A reward model on preference rows: accuracy by source beside always taking the longer answer, calibration."""
+"""A reward model, or an ensemble, on preference rows: accuracy beside always taking the longer answer, calibration."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..data.candidates import tokenize_candidates
 from ..data.evaluation_rows import H_NAMES, Pair, evaluation_rows, h_of, pairs_of_row, sources_of
 from ..data.loading import prompt_key
+from ..data.preferences import PreferenceReport
 from ..functional.clusters import grouped_interval
-from ..functional.pairs import calibration, length_statistics, pair_credits, predicted_preference
+from ..functional.doubt import ensemble_preference, pair_doubt
+from ..functional.pairs import calibration, length_statistics, pair_credits
+from ..functional.scores import ensemble_mean
 from ..models.build import shortest_context
-from ..models.ensembles import is_reward_ensemble
+from ..models.ensembles import RewardEnsemble, is_reward_ensemble, load_reward_ensemble
 from ..models.hub import is_inside_repo, local_folder
-from ..models.pooling import log_odds_of
 from ..models.scoring import ModelReward, load_reward_model
 
 
@@ -26,7 +29,7 @@ CHUNK = 8
 
 
 def evaluate_reward_model(
-    reward: ModelReward,
+    reward: ModelReward | RewardEnsemble,
     dataset: Dataset,
     *,
     source_column: str | None = None,
@@ -42,8 +45,9 @@ def evaluate_reward_model(
     Candidates are tokenised as in reward training: closed by the end of sequence, prompt and completion as one text.
 
     Args:
-        reward ([`ModelReward`]):
-            The model with its own tokenizer.
+        reward ([`ModelReward`] or [`~rlhf_ext.models.ensembles.RewardEnsemble`]):
+            The model with its own tokenizer. Of an ensemble the mean of its members is the score, each member in the
+            unit that was saved with it; calibration is that of the mean of the preferences they predict.
         dataset (`Dataset`):
             Pairs, general rows, or RewardBench's columns.
         source_column, source_map, as_messages:
@@ -57,21 +61,25 @@ def evaluate_reward_model(
 
     Returns:
         `dict`: `rows`, counts; `overall`, `sources`, `three_h`: lines of [`measure_pairs`]; `calibration`; `unmapped`,
-        sources that are in no column of the 3H table.
+        sources that are in no column of the 3H table. Of an ensemble also `ensemble`: `members`, a line and `ece` of
+        each, `normalized_over`, and what [`~rlhf_ext.functional.doubt.pair_doubt`] gives.
 
     Raises:
-        ValueError: for a wrong row, or if none is left.
+        ValueError: for a wrong row, a source column that is missing, or if no row is left.
     """
-    tokenizer = reward.processing_class
-    rows, report = evaluation_rows(dataset, as_messages=as_messages)
-    rows = rows.map(tokenize_candidates, fn_kwargs={"processing_class": tokenizer}, desc="Tokens")
-    limit = min(limit for limit in (max_length, shortest_context(reward.model), 10**9) if limit is not None)
-    kept = [place for place, longest in enumerate(rows["longest"]) if longest <= limit]
-    if not kept:
-        raise ValueError(f"All {len(rows)} rows are longer than {limit} tokens. Raise `max_length`, or shorten them.")
-    num_overlong = len(rows) - len(kept)
-    rows = rows.select(kept)
-    scores = score_rows(reward, rows, progress)
+    members = reward.members if isinstance(reward, RewardEnsemble) else [reward]
+    prepared = prepare_rows(
+        dataset,
+        members[0].processing_class,
+        shortest_context(*(member.model for member in members)),
+        source_column=source_column,
+        as_messages=as_messages,
+        max_length=max_length,
+    )
+    rows, report, sources = prepared.rows, prepared.report, prepared.sources
+    names = [progress and f"{progress}: {member.__name__}" for member in members] if len(members) > 1 else [progress]
+    each = [score_rows(member, rows, name) for member, name in zip(members, names, strict=True)]
+    scores = [ensemble_mean(torch.tensor(row, dtype=torch.float64).T).tolist() for row in zip(*each, strict=True)]
     lengths = [
         [len(ids) - start for ids, start in zip(row, starts, strict=True)]
         for row, starts in zip(rows["candidate_ids"], rows["completion_starts"], strict=True)
@@ -82,9 +90,8 @@ def evaluate_reward_model(
         for pair in pairs_of_row(place, len(row), target, ranking)
     ]
     prompts = [prompt_key({"chosen": row["completions"][0], "rejected": row["completions"][1], **row}) for row in rows]
-    sources = sources_of(rows, source_column)
 
-    def measured(wanted: Sequence[Pair]) -> dict[str, Any]:
+    def measured(wanted: Sequence[Pair], scores: Sequence[Sequence[float]] = scores) -> dict[str, Any]:
         return measure_pairs(wanted, scores, lengths, prompts)
 
     result: dict[str, Any] = {
@@ -92,7 +99,7 @@ def evaluate_reward_model(
         "rows": {
             "given": report.num_rows,
             "incomparable": report.num_incomparable,
-            "overlong": num_overlong,
+            "overlong": prepared.num_overlong,
             "judged": len(rows),
             "prompt_mismatches": sum(rows["prompt_mismatch"]),
         },
@@ -101,12 +108,27 @@ def evaluate_reward_model(
         "three_h": {},
         "unmapped": [],
     }
-    gaps = torch.tensor([scores[p.row][p.first] - scores[p.row][p.second] for p in pairs], dtype=torch.float64)
     targets = torch.tensor([p.target for p in pairs], dtype=torch.float64)
+    first, second = (
+        torch.tensor([[one[p.row][getattr(p, side)] for one in each] for p in pairs], dtype=torch.float64)
+        for side in ("first", "second")
+    )
     # In the unit of training, where a difference of scores is a log-odds; a gain saved afterwards is another one.
-    factor, noise = log_odds_of(reward.model)
-    chances = predicted_preference(gaps, factor=factor, noise=noise)
-    result["calibration"] = calibration(chances, targets, num_bins=num_bins)
+    factors, noises = zip(*(member.log_odds for member in members), strict=True)
+
+    def calibrated(which: slice) -> dict[str, Any]:
+        gaps = (first - second)[:, which]
+        chances = ensemble_preference(gaps, factors=factors[which], noises=noises[which])
+        return calibration(chances, targets, num_bins=num_bins)
+
+    result["calibration"] = calibrated(slice(None))
+    if isinstance(reward, RewardEnsemble):
+        lines = {
+            member.__name__: measured(pairs, each[k]) | {"ece": calibrated(slice(k, k + 1))["ece"]}
+            for k, member in enumerate(members)
+        }
+        doubt = pair_doubt(first, second, targets)
+        result["ensemble"] = {"members": lines, "normalized_over": reward.normalized_over, **doubt}
     if sources is not None:
         for name in sorted(set(sources)):
             result["sources"][name] = measured([pair for pair in pairs if sources[pair.row] == name])
@@ -117,6 +139,46 @@ def evaluate_reward_model(
                 result["three_h"][h] = measured(wanted)
         result["unmapped"] = [name for name, h in meaning.items() if h is None]
     return result
+
+
+@dataclass
+class PreparedRows:
+    """Rows that a model can read, tokenised, with their sources, and what was left out."""
+
+    rows: Dataset
+    report: PreferenceReport
+    sources: list[str] | None
+    num_overlong: int
+
+
+def prepare_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    *,
+    source_column: str | None = None,
+    as_messages: bool = False,
+    max_length: int | None = None,
+) -> PreparedRows:
+    """
+    Everything that can go wrong with the rows, before anything is scored.
+
+    Args:
+        context (`int`, *optional*): tokens that the model reads.
+        dataset, source_column, as_messages, max_length: as for [`evaluate_reward_model`].
+
+    Raises:
+        ValueError: as [`evaluate_reward_model`].
+    """
+    rows, report = evaluation_rows(dataset, as_messages=as_messages)
+    sources = sources_of(rows, source_column)
+    rows = rows.map(tokenize_candidates, fn_kwargs={"processing_class": tokenizer}, desc="Tokens")
+    limit = min(limit for limit in (max_length, context, 10**9) if limit is not None)
+    kept = [place for place, longest in enumerate(rows["longest"]) if longest <= limit]
+    if not kept:
+        raise ValueError(f"All {len(rows)} rows are longer than {limit} tokens. Raise `max_length`, or shorten them.")
+    sources = None if sources is None else [sources[place] for place in kept]
+    return PreparedRows(rows.select(kept), report, sources, len(rows) - len(kept))
 
 
 def score_rows(reward: ModelReward, rows: Dataset, progress: str | None = None) -> list[list[float]]:
@@ -189,7 +251,8 @@ def load_reward(
     """A reward model, full or an adapter, and the tokenizer saved with it, or else that of its base."""
     if is_reward_ensemble(path):
         raise ValueError(
-            f"{path!r} is an ensemble. Name its members, {path}/member_0 and so on: each is a reward model of its own."
+            f"{path!r} is an ensemble, where a single reward model is read. Name one of its members, such as "
+            f"{path}/member_0."
         )
     folder = local_folder(path) if is_inside_repo(path) else path
     model = load_reward_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -198,3 +261,22 @@ def load_reward(
     except (OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=trust_remote_code)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_reward_or_ensemble(
+    path: str,
+    name: str,
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> ModelReward | RewardEnsemble:
+    """A reward model, or the folder of an ensemble, under a name of the reports. Reads its own tokenizer's ids."""
+    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if is_reward_ensemble(path):
+        ensemble = load_reward_ensemble(path, batch_size=batch_size, **options)
+        ensemble.__name__ = name
+        return ensemble
+    model, tokenizer = load_reward(path, **options)
+    return ModelReward(model, tokenizer, tokenizer, name=name, batch_size=batch_size)

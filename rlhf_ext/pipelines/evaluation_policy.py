@@ -14,12 +14,14 @@ from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
 from ..functional.clusters import grouped_standard_error
 from ..functional.pairs import paired_wins, win_rate
+from ..functional.scores import ensemble_mean, ensemble_spread
+from ..functional.statistics import perplexity
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
 from ..metrics.length import Length
 from ..models.build import shortest_context
 from ..models.generation import Samples, completion_logps, end_token_ids, sample_completions
-from ..models.reward_functions import ModelReward, checked_reward
+from .evaluation_scorers import Scorer
 
 
 @dataclass
@@ -28,43 +30,6 @@ class Reference:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass
-class Scorer:
-    """A reward model with its tokenizer, or a Python function with TRL's signature, under the name of the reports."""
-
-    name: str
-    model: nn.Module | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    function: Callable[..., Any] | None = None
-
-    def score(self, samples: Samples, tokenizer: PreTrainedTokenizerBase, columns: dict[str, list], batch_size: int):
-        """One score per sample; `tokenizer` is the policy's, `columns` are further columns of the prompts."""
-        reward = self.function
-        extra = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
-        if self.model is not None:
-            reward, extra = ModelReward(self.model, self.tokenizer, tokenizer, batch_size=batch_size), {}
-            if not reward.shares_tokenizer:
-                # Finished is what was not cut, whichever of several ids ended it.
-                reward.eos_token_ids = {ids[-1] for ids, cut in _endings(samples) if not cut}
-        completions = samples.texts
-        if not isinstance(samples.prompts[0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in samples.texts]
-        scores = checked_reward(reward)(
-            prompts=samples.prompts,
-            completions=completions,
-            completion_ids=samples.completion_ids,
-            prompt_ids=samples.prompt_ids,
-            **columns,
-            **extra,
-        )
-        if any(score is None for score in scores):
-            raise ValueError(
-                f"{self.name!r} gave no score (None) for row {scores.index(None)}; a mean needs one for every answer. "
-                "Leave out the prompts it does not apply to."
-            )
-        return scores
 
 
 @dataclass
@@ -90,6 +55,7 @@ class PolicyEvaluation:
         name (`str`): of the reports.
         samples ([`Samples`]): answers, `num_samples` per prompt.
         scores (`dict[str, list[float]]`): by scorer, one per answer.
+        spreads (`dict[str, list[float]]`): by scorer that is an ensemble, its members' deviation, one per answer.
         num_samples (`int`): answers to each prompt, which stand side by side.
         metrics (`dict[str, float]`): see docs/measures.md.
     """
@@ -99,6 +65,7 @@ class PolicyEvaluation:
     num_samples: int = 1
     scores: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, list[float]] = field(default_factory=dict)
 
 
 def evaluate_policy(
@@ -126,11 +93,8 @@ def evaluate_policy(
         ValueError: a tokenizer without an end of sequence, one of another vocabulary than the reference's, a prompt
             that leaves no room for an answer, or a scorer that fails.
     """
-    if reference is not None and reference.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"{name!r} and the reference have different vocabularies, so no KL is defined between them. Give a "
-            "`reference_model_path` with the policy's tokenizer, or none."
-        )
+    if reference is not None:
+        check_reference(name, tokenizer, reference)
     set_seed(settings.seed)
     samples = sample_completions(
         model,
@@ -148,14 +112,27 @@ def evaluate_policy(
     }
     found = PolicyEvaluation(name, samples, settings.num_samples)
     for scorer in scorers:
-        values = scorer.score(samples, tokenizer, repeated, settings.batch_size)
-        found.scores[scorer.name] = values
-        found.metrics[f"score/{scorer.name}"] = sum(values) / len(values)
-        found.metrics[f"score/{scorer.name}_se"] = grouped_standard_error(values, settings.num_samples)
+        members = scorer.score_members(samples, tokenizer, repeated, settings.batch_size)
+        measured = {"score": ensemble_mean(members).tolist()}
+        found.scores[scorer.name] = measured["score"]
+        if members.shape[1] > 1:
+            found.spreads[scorer.name] = measured["spread"] = ensemble_spread(members).tolist()
+        for kind, values in measured.items():
+            found.metrics[f"{kind}/{scorer.name}"] = sum(values) / len(values)
+            found.metrics[f"{kind}/{scorer.name}_se"] = grouped_standard_error(values, settings.num_samples)
     if reference is not None:
         found.metrics |= reference_metrics(model, reference, samples, tokenizer, settings)
     found.metrics |= text_metrics(samples, settings)
     return found
+
+
+def check_reference(name: str, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:
+    """Raises `ValueError` where the policy `name` has another vocabulary than the reference."""
+    if reference.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{name!r} and the reference have different vocabularies, so no KL is defined between them. Give a "
+            "`reference_model_path` with the policy's tokenizer, or none."
+        )
 
 
 def reference_metrics(
@@ -169,7 +146,7 @@ def reference_metrics(
     kwargs = {"pad_token_id": tokenizer.pad_token_id, "batch_size": s.batch_size}
     of_reference = completion_logps(reference.model, samples, **kwargs).double()
     tokens = sum(len(ids) for ids in samples.completion_ids)
-    found = {"perplexity": (-of_reference.sum() / tokens).exp().item()}
+    found = {"perplexity": perplexity(of_reference, num_tokens=tokens)[0].item()}
     if s.temperature > 0:
         kwargs["temperature"] = s.temperature
         if s.temperature != 1.0:
@@ -219,11 +196,28 @@ def build_judge(
             As in [`~rlhf_ext.feedback.judge.AIJudge`].
 
     Raises:
-        ValueError: the tokenizer cannot tell the labels apart.
+        ValueError: the tokenizer cannot tell the labels apart, or the template cannot be filled.
     """
+    if template is not None:
+        check_template(template)
     principle = Principle(name="better", critique="", revision="", question=question)
     how = {"template": template, "labels": None if labels is None else tuple(labels), "batch_size": batch_size}
     return AIJudge(model, tokenizer, [principle], **how)
+
+
+def check_template(template: str) -> None:
+    """Raises `ValueError` for a format string of a judge that does not hold the prompt and both answers."""
+    parts = {"prompt": "\0prompt", "question": "\0question", "first": "\0first", "second": "\0second"}
+    try:
+        text = template.format(**parts, few_shots="")
+    except (AttributeError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"`judge_template` cannot be filled in ({type(error).__name__}: {error}). Its fields are "
+            "{prompt}, {question}, {first} and {second}; any other brace is written twice."
+        ) from error
+    missing = [name for name in ("prompt", "first", "second") if parts[name] not in text]
+    if missing:
+        raise ValueError(f"`judge_template` has no {missing}: the judge would not read them. Write {{name}} for each.")
 
 
 def wins_by_judge(
@@ -259,21 +253,20 @@ def as_text(prompt: str | list[dict[str, Any]]) -> str:
 
 def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int) -> None:
     """Refuse prompts and tokenizers that sampling would stumble over, and give a tokenizer without padding one."""
+    check_sampling(tokenizer, dataset, max_length, shortest_context(model))
+
+
+def check_sampling(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int, context: int | None, name: str = ""
+) -> None:
+    """The same before the policy is loaded, of which `context` tokens are known, and the name for messages."""
     check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_prompts(
         dataset,
-        "The prompt data set",
+        f"The prompt data set (read by {name!r})" if name else "The prompt data set",
         tokenizer,
         max_completion_length=max_length,
-        max_positions=shortest_context(model),
+        max_positions=context,
     )
-
-
-def _endings(samples: Samples):
-    return zip(samples.completion_ids, samples.truncated, strict=True)
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """What a trainer would log."""

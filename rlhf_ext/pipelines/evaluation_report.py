@@ -37,6 +37,8 @@ def write_reward_report(output_dir: str, results: Sequence[dict[str, Any]], sett
         counts = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in rows.items())
         lines = [("all", result["overall"]), *result["sources"].items()]
         sections.append((f"{name}: accuracy", counts, ("", *PAIR_COLUMNS), [pair_row(*line) for line in lines]))
+        if "ensemble" in result:
+            sections += ensemble_sections(name, result)
         if result["three_h"]:
             unmapped = result["unmapped"]
             note = f"In no line: {', '.join(unmapped)}; --source_map gives them one." if unmapped else ""
@@ -141,6 +143,34 @@ def pair_row(name: str, line: dict[str, Any]) -> list[str]:
         _interval(line, "longer_accuracy", "longer_"),
         _n(line["accuracy_length_regressed"]),
         _n(line["length_correlation"]),
+    ]
+
+
+def ensemble_sections(name: str, result: dict[str, Any]) -> list[tuple]:
+    """The members of an ensemble beside it, and whether they disagree where their mean is wrong."""
+    found = result["ensemble"]
+    rows = [pair_row("mean of the members", result["overall"]) + [_n(result["calibration"]["ece"])]]
+    rows += [pair_row(member, line) + [_n(line["ece"])] for member, line in found["members"].items()]
+    unit = f", over {found['normalized_over']}" if found["normalized_over"] else ""
+    note = f"The score is the mean of the members, each normalised on its own{unit}; ECE is that of the mean of the "
+    doubt = [
+        [
+            _n(found["spread_mean"]),
+            _n(found["gap_spread_mean"]),
+            f"{found['errors']} of {found['judged']}",
+            _n(found["spread_auroc"]),
+            _n(found["closeness_auroc"]),
+        ]
+    ]
+    header = ("spread of scores", "of differences", "errors", "AUROC of spread", "AUROC of closeness")
+    of_doubt = (
+        "Spread: standard deviation over the members, in the unit of the score. AUROC: chance that a pair the mean "
+        "has wrong has a larger spread of differences than one it has right, 0.5 knows nothing; beside it the same of "
+        "a small mean difference, which needs no ensemble. Pairs without a tied label or equal scores."
+    )
+    return [
+        (f"{name}: members", note + "preferences they predict.", ("", *PAIR_COLUMNS, "ECE"), rows),
+        (f"{name}: doubt", of_doubt, header, doubt),
     ]
 
 

@@ -1,14 +1,19 @@
-"""The AI judge: two orders, principles, clamping; every probability against plain logits."""
+"""The AI judge: two orders, principles, clamping; every probability against plain logits.
+
+Red when, each tried once: the second order is not swapped; `position_bias` or `swap_average` has the other sign; the
+two labels change places; the clamp is left out; a chat's question is read by another label than the reply begins with.
+"""
 
 import math
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 
 from rlhf_ext.feedback.constitution import DEFAULT_CONSTITUTION, Principle, load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge
 from rlhf_ext.functional.ai_feedback import clamp_label, judge_probabilities, position_bias, swap_average
-from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
+from tests.tiny import WORDS, tiny_causal_lm, tiny_config, tiny_tokenizer
 
 
 LETTERS = ("(A)", "(B)", "Choice:", "Question:", "Conversation:", "kind?", "true?")
@@ -54,7 +59,44 @@ def test_labels_are_those_of_plain_logits_in_both_orders(model, tokenizer):
         assert verdicts.targets[n] == pytest.approx(sum(labels) / 2, abs=1e-6)
     assert verdicts.swap_disagreement == pytest.approx(sum(changes) / len(changes))
     bias = torch.stack([verdicts.first_as_a, verdicts.second_as_a]).mean().item() - 0.5
-    assert verdicts.position_bias == pytest.approx(bias, abs=1e-6)
+    assert verdicts.position_bias == pytest.approx(bias, abs=1e-6) and abs(bias) > 0.01
+    assert max(abs(p - 0.5) for p in verdicts.targets) > 1e-4  # a judge of nothing but positions gives one half
+
+
+class Knowing(torch.nn.Module):
+    """Knows that `good` is better, by `quality` nats, and likes what stands as (A), by `bias` nats."""
+
+    def __init__(self, tokenizer, quality, bias):
+        super().__init__()
+        self.config, self.weight = tiny_config("llama", tokenizer), torch.nn.Parameter(torch.zeros(1))
+        self.ids, self.quality, self.bias = tokenizer.convert_tokens_to_ids, quality, bias
+
+    def forward(self, input_ids, logits_to_keep, **kwargs):
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            first = ids.index(self.ids("good")) < ids.index(self.ids("(B)"))
+            logits[row, :, self.ids("(A)")] = self.bias + (self.quality if first else -self.quality)
+        return CausalLMOutput(logits=logits[:, -logits_to_keep:])
+
+
+@pytest.mark.parametrize("quality, bias", [(1.0, 2.0), (1.0, -2.0), (2.0, 0.0), (0.0, 3.0)])
+def test_a_known_judge_is_right_whatever_place_it_likes(tokenizer, quality, bias):
+    """P(A) is sigmoid(bias + quality) with the better one as (A), and sigmoid(bias - quality) with the worse one."""
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    judge = AIJudge(Knowing(tokenizer, quality, bias), tokenizer, PRINCIPLES)
+    better, worse = sigmoid(bias + quality), sigmoid(bias - quality)
+    verdicts = judge.compare(["w1", "w2"], ["good", "bad"], ["bad", "good"])
+    assert verdicts.first_as_a[:, 0].tolist() == pytest.approx([better, worse])
+    assert verdicts.second_as_a[:, 0].tolist() == pytest.approx([worse, better])
+    target = (better + 1 - worse) / 2
+    assert verdicts.targets == pytest.approx([target, 1 - target])
+    assert (target > 0.5) == (quality > 0)
+    assert verdicts.position_bias == pytest.approx((better + worse) / 2 - 0.5, abs=1e-6)
+    assert verdicts.position_bias * bias > 0.01 or bias == 0
+    assert verdicts.swap_disagreement == (1.0 if abs(bias) > quality else 0.0)
 
 
 def test_the_other_way_round_gives_the_other_label(model, tokenizer):
@@ -62,7 +104,8 @@ def test_the_other_way_round_gives_the_other_label(model, tokenizer):
     prompts, first, second = PAIRS
     forth, back = judge.compare(prompts, first, second), judge.compare(prompts, second, first)
     assert forth.principles == back.principles  # the draw does not depend on the order
-    assert [a + b for a, b in zip(forth.targets, back.targets, strict=True)] == pytest.approx([1.0] * 3)
+    assert [a + b for a, b in zip(forth.targets, back.targets, strict=True)] == pytest.approx([1.0] * 3, abs=1e-6)
+    assert max(abs(target - 0.5) for target in forth.targets) > 1e-4  # else any judge would pass
     alone = judge.compare(prompts[1:2], first[1:2], second[1:2])
     assert alone.targets == pytest.approx(forth.targets[1:2], abs=1e-6)
     drawn = {AIJudge(model, tokenizer, PRINCIPLES, seed=s).compare(*PAIRS).principles[0][0] for s in range(8)}
@@ -70,9 +113,12 @@ def test_the_other_way_round_gives_the_other_label(model, tokenizer):
 
 
 def test_rows_are_soft_labels(model, tokenizer):
-    rows = AIJudge(model, tokenizer, PRINCIPLES).rows(*PAIRS)
+    judge = AIJudge(model, tokenizer, PRINCIPLES)
+    rows, verdicts = judge.rows(*PAIRS), judge.compare(*PAIRS)
     assert [row["prompt"] for row in rows] == PAIRS[0]
-    assert all(sum(row["target"]) == pytest.approx(1.0) and len(row["completions"]) == 2 for row in rows)
+    assert [row["completions"] for row in rows] == [list(pair) for pair in zip(*PAIRS[1:], strict=True)]
+    assert [row["target"] for row in rows] == [pytest.approx([p, 1 - p]) for p in verdicts.targets]
+    assert [row["principles"] for row in rows] == verdicts.principles
 
 
 def test_a_chain_of_thought_is_written_kept_and_clamped(model, tokenizer):
@@ -85,6 +131,10 @@ def test_a_chain_of_thought_is_written_kept_and_clamped(model, tokenizer):
     text = text.replace("{q}", questions[free.principles[0][0]]).removesuffix("\nChoice:")
     written = f"{text}\nThoughts on both:{free.thoughts[0][0]}\nChoice:"
     assert free.first_as_a[0, 0].item() == pytest.approx(plain_p_a(model, tokenizer, written), abs=1e-6)
+    swapped = text.replace("(A) good\n(B) bad w9", "(A) bad w9\n(B) good")
+    assert swapped != text
+    written = f"{swapped}\nThoughts on both:{free.thoughts[0][1]}\nChoice:"
+    assert free.second_as_a[0, 0].item() == pytest.approx(plain_p_a(model, tokenizer, written), abs=1e-6)
     tight = AIJudge(model, tokenizer, PRINCIPLES, **options, clamp=(0.499, 0.501)).compare(*PAIRS)
     assert all(0.499 <= p <= 0.501 for p in tight.targets) and any(not 0.499 <= p <= 0.501 for p in free.targets)
 
@@ -95,6 +145,11 @@ def test_a_chat_template_is_used_where_there_is_one(model, tokenizer):
     assert judge.uses_chat
     (question, *_) = [judge._ask("w1", "kind?", "good", "bad", "")]
     assert question.startswith("<|user|> Read") and question.endswith("<|assistant|> ")
+    found = judge.compare(["w1"], ["good"], ["bad"])
+    asked = {p.name: p.question for p in PRINCIPLES}[found.principles[0][0]]
+    for p_a, places in ((found.first_as_a, ("good", "bad")), (found.second_as_a, ("bad", "good"))):
+        text = judge._ask("w1", asked, *places, "")
+        assert p_a.item() == pytest.approx(plain_p_a(model, chat, text), abs=1e-6)
     with pytest.raises(ValueError, match="few_shots"):
         AIJudge(model, chat, PRINCIPLES, few_shots=["x"])
     assert not AIJudge(model, chat, PRINCIPLES, few_shots=["x"], template=BASE_TEMPLATE).uses_chat
@@ -123,7 +178,7 @@ def test_formulas_by_hand():
         swap_average(one, -two)
     with pytest.raises(ValueError, match="low=0.6 and high=0.4"):
         clamp_label(one, low=0.6, high=0.4)
-    with pytest.raises(ValueError, match=r"\(2,\).*|expected"):
+    with pytest.raises(ValueError, match=r"\(3,\), expected"):
         judge_probabilities(torch.zeros(3))
 
 

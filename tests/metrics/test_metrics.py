@@ -42,6 +42,9 @@ def test_every_file_loads_by_its_path_without_a_network(name, tmp_path, monkeypa
     metric = evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(tmp_path))
     assert metric.info.description and "Args:" in metric.info.inputs_description
     if name == "reference_perplexity":
+        model = tiny_causal_lm("llama", tiny_tokenizer())
+        given = {"predictions": [[10, 11, 1]], "references": [[5, 6]], "model": model}
+        assert metric.compute(**given) == ReferencePerplexity().compute(**given)
         return
     given, key, expected = CALLS[name]
     assert metric.compute(**given)[key] == pytest.approx(expected)
@@ -154,7 +157,9 @@ def test_diversity_per_input_and_across():
     assert found["per_input_embedding"] == pytest.approx((1.0 + 0.0) / 2)
     assert found["per_input_embedding_std"] == pytest.approx(0.5)
     assert found["across_input_embedding"] == pytest.approx(2.0)  # x and z point away from each other
+    # Neutral forth, a contradiction back; everything else entails both ways
     assert found["per_input_nli"] == pytest.approx((0.5 - 2.0) / 2)
+    assert found["per_input_nli_std"] == pytest.approx(1.25) and found["across_input_nli"] == -2.0
     assert found["per_input_distinct_1"] == 0.75 and found["across_input_distinct_1"] == 1.0
     assert words_of("No. Yes.\nNo") == ["No", "YesNo"]  # as the released code does
 

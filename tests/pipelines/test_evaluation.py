@@ -8,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from rlhf_ext.functional.diversity import expectation_adjusted_distinct
+from rlhf_ext.metrics.reference_perplexity import ReferencePerplexity
 from rlhf_ext.models.reward_checkpoints import save_reward_config
 from rlhf_ext.models.scoring import ModelReward, load_reward_model, save_normalization
 from rlhf_ext.pipelines.evaluation import evaluate_reward_model
@@ -25,6 +27,7 @@ from rlhf_ext.pipelines.evaluation_report import write_policy_report, write_rewa
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
+INSULTS = ["bad", "w1", "w2", "w3"]
 EVIL = "<script>fetch('//evil')</script><img src=//evil/x>"
 ROWS = [
     {"prompt": "the cat", "completions": ["sat", "sat on mat"], "target": [1.0, 0.0], "source": "PandaLM"},
@@ -124,7 +127,7 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
         return [-float(len(ids)) for ids in completion_ids]
 
     scorers = [Scorer("rm", reward, tokenizer), Scorer("short", function=length)]
-    settings = PolicySettings(num_samples=2, max_completion_length=8, insult_words=["bad"], batch_size=4)
+    settings = PolicySettings(num_samples=2, max_completion_length=8, insult_words=INSULTS, batch_size=4)
     reference = Reference(base, tokenizer)
     columns = {"topic": ["a", "b", "c"]}
     check_policy(policy, tokenizer, Dataset.from_dict({"prompt": prompts}), 8)
@@ -156,8 +159,15 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
     assert ours.metrics["score/rm"] == pytest.approx(sum(scores) / 6, abs=1e-5)
     assert ours.metrics["length_mean"] == pytest.approx(tokens / 6) == -ours.metrics["score/short"]
     assert ours.metrics["eos_rate"] == sum(not cut for cut in ours.samples.truncated) / 6
-    assert 0 < ours.metrics["per_input_ead"] <= 1.01 and 0 < ours.metrics["across_input_distinct_1"] <= 1
-    assert ours.metrics["insult_rate"] == sum("bad" in text.split() for text in ours.samples.texts) / 6
+    by_prompt = [ours.samples.texts[i : i + 2] for i in (0, 2, 4)]
+    for key, sets in (("per_input", by_prompt), ("across_input", [[texts[0] for texts in by_prompt]])):
+        shares = [len(set(" ".join(s).split())) / len(" ".join(s).split()) for s in sets]
+        assert ours.metrics[f"{key}_distinct_1"] == pytest.approx(sum(shares) / len(shares))
+        eads = [expectation_adjusted_distinct(s) for s in sets]
+        assert ours.metrics[f"{key}_ead"] == pytest.approx(sum(eads) / len(eads))
+    insults = sum(any(word in text.split() for word in INSULTS) for text in ours.samples.texts)
+    assert ours.metrics["insult_rate"] == insults / 6 and 0 < insults < 6
+    assert any(ours.samples.truncated) and not all(ours.samples.truncated)
 
     wins = {"policy": wins_by_score(ours, theirs)}
     for name in ("rm", "short"):
@@ -169,16 +179,23 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
     how = {"question": "w1?", "template": "{prompt} {first} w2 {second} w3", "labels": ("good", "bad")}
     asked = build_judge(judge, tokenizer, **how)
     judged, back = wins_by_judge(asked, ours, theirs), wins_by_judge(asked, theirs, ours)
-    by_hand = 0.0
+    by_hand, p_a = 0.0, {1: [], -1: []}
     for i in (0, 2, 4):
         for first, second, sign in ((ours, theirs, 1), (theirs, ours, -1)):
             text = f"{prompts[i // 2]} {first.samples.texts[i]} w2 {second.samples.texts[i]} w3"
             logits = judge(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
             p = logits[tokenizer.convert_tokens_to_ids(["good", "bad"])].softmax(0)[0].item()
             by_hand += (p if sign == 1 else 1 - p) / 6
+            p_a[sign].append(p)
     assert judged["win_rate"] == pytest.approx(by_hand, abs=1e-5)
     assert judged["win_rate"] + back["win_rate"] == pytest.approx(1.0, abs=1e-6)
-    assert 0 <= judged["disagreement"] <= 1 and judged["prompts"] == 3
+    assert judged["prompts"] == 3
+    bias = sum(p_a[1] + p_a[-1]) / 6 - 0.5
+    assert judged["position_bias"] == pytest.approx(bias, abs=1e-5) and abs(bias) > 0.01
+    turned = [(one > 0.5) == (other > 0.5) for one, other in zip(p_a[1], p_a[-1], strict=True)]
+    assert judged["disagreement"] == sum(turned) / 3
+    decided = [one + 1 - other > 1 for one, other in zip(p_a[1], p_a[-1], strict=True)]
+    assert judged["decided"] == pytest.approx(sum(decided) / 3)
     wins["policy"]["judge"] = judged
 
     ours.samples.texts[0] = EVIL
@@ -206,7 +223,10 @@ def test_the_same_seed_gives_the_same_answers_and_greedy_has_no_kl(tokenizer):
     assert first.samples.texts == second.samples.texts
     assert first.metrics["kl"] == pytest.approx(0.0, abs=1e-5)
     assert "across_input_ead" in first.metrics and "per_input_ead" not in first.metrics
-    assert {"across_input_embedding", "across_input_nli"} <= first.metrics.keys()
+    assert first.metrics["across_input_embedding"] == pytest.approx(1.0) and first.metrics["across_input_nli"] == 0.0
+    # At temperature 1, whatever the sampling's: the number of the metric module
+    given = {"predictions": first.samples.completion_ids, "references": first.samples.prompt_ids, "model": policy}
+    assert first.metrics["perplexity"] == pytest.approx(ReferencePerplexity().compute(**given)["perplexity"])
     greedy = call(PolicySettings(num_samples=1, max_completion_length=6, temperature=0.0))
     assert "kl" not in greedy.metrics and greedy.metrics["perplexity"] > 1
 
@@ -226,7 +246,11 @@ def test_messages_reach_the_policy_through_its_template(reward, tokenizer):
     template = tokenizer.apply_chat_template(prompts[0], add_generation_prompt=True, tokenize=True, return_dict=True)
     assert found.samples.prompt_ids[0] == template["input_ids"]
     assert seen["completions"][0] == [{"role": "assistant", "content": found.samples.texts[0]}]
-    assert seen["prompts"] == prompts and math.isfinite(found.metrics["score/rm"])
+    assert seen["prompts"] == prompts
+    scores = []
+    for start, ids in zip(found.samples.prompt_ids, found.samples.completion_ids, strict=True):
+        scores.append(reward(input_ids=torch.tensor([start + ids])).logits[0, 0].item())
+    assert found.metrics["score/rm"] == pytest.approx(sum(scores) / 2, abs=1e-5)
 
 
 def test_what_cannot_be_measured_is_refused(tokenizer):

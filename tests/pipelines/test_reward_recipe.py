@@ -10,7 +10,9 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
 from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardConfig
+from rlhf_ext.data.evaluation_arguments import EvaluationArguments
 from rlhf_ext.data.reward_arguments import RewardArguments
+from rlhf_ext.functional.pairs import calibration
 from rlhf_ext.models.ensembles import load_reward_ensemble
 from rlhf_ext.models.scoring import load_reward_model, saved_normalization
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
@@ -28,6 +30,11 @@ def world(tmp_path_factory):
     rows = [{"prompt": f"w{i} ", "chosen": "good w1", "rejected": f"bad w{i}"} for i in range(20)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in rows))
+    mixed = [
+        {"prompt": f"w{i} ", "chosen": f"w{i * 3 % 24} w{i % 5}", "rejected": f"w{i * 7 % 23} bad" + " w2" * (i % 3)}
+        for i in range(24)
+    ]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, mixed)))
     return folder
 
 
@@ -94,6 +101,69 @@ def test_an_ensemble_is_paid_by_its_mean_and_watched_by_its_spread(world, ensemb
     log = next(entry for entry in trainer.state.log_history if "reward" in entry)
     assert log["probe/ensemble_spread/mean"] > 0
     assert log["rewards/ensemble/mean"] == pytest.approx(log["reward"], abs=1e-5)
+
+
+def evaluated(output, *flags):
+    line = ["--use_cpu", "true", "--output_dir", str(output), "--batch_size", "4", *flags]
+    runpy.run_path(str(RECIPES / "evaluate.py"))["main"](
+        *TrlParser((EvaluationArguments,)).parse_args_and_config(line)
+    )
+    return json.loads((output / "evaluation.json").read_text()), (output / "evaluation.md").read_text()
+
+
+def test_an_ensemble_is_evaluated_as_its_mean_and_as_its_members(world, ensemble, tmp_path):
+    """Its members' lines are those of the members alone; an adapter that is not switched, or a gain that is forgotten,
+    turns this red."""
+    members = [f"{ensemble}/member_{i}" for i in range(2)]
+    flags = ["--reward_model_path", str(ensemble), *members, "--dataset_name", f"{world}/mixed.jsonl"]
+    found, markdown = evaluated(tmp_path / "rewards", *flags)
+    whole, *alone = found["reward_models"]
+    lines = whole["ensemble"]["members"]
+    assert list(lines) == ["member_0", "member_1"]
+    for single in alone:
+        line = dict(lines[single["model"]])
+        assert line.pop("ece") == pytest.approx(single["calibration"]["ece"], abs=1e-4)
+        assert line == pytest.approx(single["overall"], abs=1e-4)
+    assert lines["member_0"]["length_slope"] != pytest.approx(lines["member_1"]["length_slope"], abs=1e-3)
+    # By hand from the members' own scores and units
+    scores, chances, rows = [], [], [json.loads(row) for row in (world / "mixed.jsonl").read_text().splitlines()]
+    for path in members:
+        model, tokenizer = load_reward_model(path), tiny_tokenizer()
+        ids = [[tokenizer(row["prompt"] + row[side] + " <eos>")["input_ids"] for side in ("chosen", "rejected")]
+               for row in rows]  # fmt: skip
+        with torch.no_grad():
+            scores.append([[model(input_ids=torch.tensor([i])).logits.item() for i in pair] for pair in ids])
+        factor = json.loads((Path(path) / "reward_config.json").read_text()).get("training_gain", 1.0)
+        factor /= saved_normalization(path)[0]
+        chances.append(torch.tensor([factor * (a - b) for a, b in scores[-1]], dtype=torch.float64).sigmoid())
+    scores = torch.tensor(scores, dtype=torch.float64)
+    gaps = scores[..., 0] - scores[..., 1]
+    assert whole["overall"]["accuracy"] == pytest.approx((gaps.mean(0) > 0).double().mean().item())
+    assert whole["ensemble"]["spread_mean"] == pytest.approx(scores.std(0, correction=0).mean().item(), abs=1e-4)
+    assert whole["ensemble"]["gap_spread_mean"] == pytest.approx(gaps.std(0, correction=0).mean().item(), abs=1e-4)
+    wrong = gaps.mean(0) < 0
+    assert whole["ensemble"]["errors"] == int(wrong.sum()) and 0 < wrong.sum() < len(rows)
+    wins = (gaps.std(0, correction=0)[wrong][:, None] > gaps.std(0, correction=0)[~wrong]).double().mean().item()
+    assert whole["ensemble"]["spread_auroc"] == pytest.approx(wins, abs=1e-6)
+    mean = (chances[0] + chances[1]) / 2
+    assert whole["calibration"]["ece"] == pytest.approx(calibration(mean, torch.ones_like(mean))["ece"], abs=1e-4)
+    assert whole["ensemble"]["normalized_over"] == "reference" and "normalised on its own, over reference" in markdown
+    assert "mean of the members" in markdown and f"| {int(wrong.sum())} of {len(rows)} |" in markdown
+
+
+def test_a_policy_is_scored_by_an_ensemble(world, ensemble, tmp_path):
+    flags = ["--policy_model_path", f"{world}/sft", "--baseline_model_path", f"{world}/sft"]
+    flags += ["--reward_model_path", str(ensemble), f"{ensemble}/member_0", f"{ensemble}/member_1"]
+    flags += ["--dataset_name", f"{world}/prompts.jsonl", "--num_samples", "2", "--max_completion_length", "4"]
+    found, markdown = evaluated(tmp_path, *flags)
+    metrics = found["policies"]["sft"]
+    both = [metrics[f"score/member_{i}"] for i in range(2)]
+    name = ensemble.name
+    assert metrics[f"score/{name}"] == pytest.approx(sum(both) / 2, abs=1e-5) and abs(both[0] - both[1]) > 1e-3
+    # Of two, the deviation is half the difference, answer by answer
+    assert metrics[f"spread/{name}"] >= abs(both[0] - both[1]) / 2 - 1e-6
+    assert f"| spread/{name} |" in markdown and "spread/member_0" not in metrics
+    assert found["wins"]["sft"][name]["win_rate"] == 0.5
 
 
 @pytest.mark.parametrize(
