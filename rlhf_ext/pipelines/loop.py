@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig
@@ -104,10 +105,24 @@ def check(run: LoopRun) -> None:
             max_completion_length=run.max_completion_length,
             max_positions=max_positions,
         )
+    if args.launch_config is not None:
+        _check_launch_config(args.launch_config)
     if "references" in args.sources and not any(row.get("completion") for row in run.train_prompts):
         raise ValueError(
             "`sources` names 'references', but no row of `dataset_name` has a `completion`. Add the column, or leave "
             "references out."
+        )
+
+
+def _check_launch_config(path: str) -> None:
+    try:
+        kind = str(yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("distributed_type"))
+    except (OSError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"`launch_config` is {path!r}, which cannot be read: {error}") from error
+    if kind == "DEEPSPEED":
+        raise ValueError(
+            f"`launch_config` {path!r} asks for DeepSpeed, under which reward models of a loop cannot be built. Take "
+            "multi_gpu.yaml, with adapters or a quantised base where memory is short."
         )
 
 

@@ -3,10 +3,13 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -17,8 +20,8 @@ from rlhf_ext.pipelines import loop, loop_labels
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
-from tests.tiny import tiny_causal_lm, tiny_tokenizer
+from rlhf_ext.pipelines.loop_run import read_jsonl
+from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
 TINY = {
@@ -236,15 +239,30 @@ def test_people_label_while_the_loop_waits(tmp_path, sft, prompts, monkeypatch):
 
 
 def test_a_judge_gives_soft_labels(tmp_path, sft, prompts):
+    tokenizer = tiny_tokenizer(words=(*WORDS, "(A)", "(B)", "Choice:"))
+    tokenizer.chat_template = None
+    judge = tiny_causal_lm("llama", tokenizer, max_position_embeddings=512)
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
     folder = tmp_path / "run"
-    args, model_args = arguments(folder, sft, prompts, labels="judge", judge_model_path=sft, num_rounds=1)
-    run = LoopRun(args, model_args)
-    run.save_settings()
-    for name in ("samples", "selection"):
-        loop.do_step(run, 1, name)
-    # The tiny tokenizer has no (A) and (B), which the judge says before it is asked anything.
-    with pytest.raises(ValueError, match="must differ"):
-        loop.do_step(run, 1, "labels")
+    asked = {"labels": "judge", "judge_model_path": str(tmp_path / "judge"), "num_rounds": 1}
+    loop.run_loop(*arguments(folder, sft, prompts, **asked))
+    targets = [row["target"] for row in read_jsonl(folder / "round_1" / "labels" / "rows.jsonl")]
+    assert all(sum(target) == pytest.approx(1.0) and 0.0 < min(target) for target in targets)
+    assert len({target[0] for target in targets}) > 1
+    assert list(read_run(folder / "round_1" / "labels")["result"]["annotators"]) == ["judge"]
+
+
+def test_training_is_launched_by_accelerate_with_the_same_result(tmp_path, finished, sft, prompts, monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    folder = tmp_path / "run"
+    config = str(root / "accelerate_configs" / "cpu.yaml")
+    loop.run_loop(*arguments(folder, sft, prompts, num_rounds=1, launch_config=config))
+    for name in ("reward", "policy"):
+        ours = load_file(folder / "round_1" / name / "model.safetensors")
+        theirs = load_file(finished / "round_1" / name / "model.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
 @pytest.mark.parametrize(
@@ -259,6 +277,8 @@ def test_a_judge_gives_soft_labels(tmp_path, sft, prompts):
         ({"ppo": {**PPO, "output_dir": "x"}}, "which the loop sets itself"),
         ({"ppo": {**PPO, "max_completion_length": 500}}, "exceed the model's context"),
         ({"refit_labels": 3}, "nothing reads it"),
+        ({"launch_config": "accelerate_configs/zero3.yaml"}, "DeepSpeed"),
+        ({"launch_config": "nowhere.yaml"}, "cannot be read"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(tmp_path, sft, prompts, changes, words):
