@@ -113,6 +113,16 @@ def rounds_table(record: LoopRecord) -> str:
         total += labels[number].get("labels") or 0
         so_far[number] = str(total)
     lines.append(("labels so far", so_far))
+    # Of the asynchronous mode, in which labels and reward models go on arriving.
+    trained = {n: found for n, found in record.results("policy").items() if "reward_versions" in found}
+    given = {n: _count((found.get("labels") or {}).get("labels")) for n, found in trained.items()}
+    lines.append(("labels given while the policy trained", given))
+    lines.append(
+        ("reward models, the first one among them", {n: _count(f["reward_versions"]) for n, f in trained.items()})
+    )
+    lines.append(
+        ("rollouts scored with labels behind", {n: _count(f.get("stale_rollouts")) for n, f in trained.items()})
+    )
     for name in ("mean", "selected"):
         shown = {n: number_text(found.get(f"disagreement_{name}")) for n, found in chosen.items()}
         lines.append((f"ensemble's disagreement, {'all samples' if name == 'mean' else 'those selected'}", shown))

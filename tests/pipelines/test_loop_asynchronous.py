@@ -14,6 +14,7 @@ from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.models.newest_reward import NewestReward, newest_version, version_folder
 from rlhf_ext.pipelines import loop
 from rlhf_ext.pipelines.finished_runs import read_run
+from rlhf_ext.pipelines.loop_report import write_loop_report
 from rlhf_ext.pipelines.loop_run import read_jsonl
 from tests.pipelines.test_loop import PPO, arguments, goodness, prompts, sft  # noqa: F401 (fixtures)
 from tests.tiny import tiny_reward_model, tiny_tokenizer
@@ -82,6 +83,8 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts): 
     assert [entry["step"] for entry in history] == list(range(1, 25)), "the killed policy went on from its checkpoint"
     assert history[-1]["reward_version"] >= history[0]["reward_version"] >= 1
     assert {"labels_behind", "stale_rollouts"} <= set(history[0])
+    write_loop_report(str(folder), str(tmp_path / "page.html"))
+    assert "labels given while the policy trained" in (tmp_path / "page.html").read_text(encoding="utf-8")
     # The versions were fitted on ever more labels, and the evaluation reads the last one.
     rewards = folder / "round_1" / "policy" / "rewards"
     counts = [read_run(version_folder(rewards, v))["result"]["labels"] for v in range(1, newest_version(rewards) + 1)]
