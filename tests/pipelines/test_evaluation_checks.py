@@ -201,6 +201,24 @@ def test_what_fits_gets_to_the_long_step(world, tmp_path, monkeypatch, refuse):
             run(line, world, tmp_path)
 
 
+def test_a_judge_of_another_vocabulary_is_asked_for_room_before_the_second_policy(world, tmp_path, monkeypatch):
+    """Its context of 24 holds the question, but not two answers of the first policy."""
+    monkeypatch.chdir(world)
+    sampled = []
+
+    def sample(model, tokenizer, prompts, num_samples, **kwargs):
+        sampled.append(prompts)
+        ids = [[5] * 8 for _ in prompts]
+        return Samples(list(prompts), ["w3 " * 8] * len(prompts), ids, ids, [True] * len(prompts))
+
+    monkeypatch.setattr("rlhf_ext.pipelines.evaluation_policy.sample_completions", sample)
+    line = JUDGE + " --judge_model_path {w}/other_judge --num_samples 1"
+    (world / "short.jsonl").write_text('{"prompt": "w1 w2 w3 w4 w5 w6 w7 w8"}\n{"prompt": "w1"}')
+    with pytest.raises(ValueError, match="'policy'.*judge_model_path.*prompt 0 has 25 tokens.*context of 24"):
+        run(line + " --dataset_name {w}/short.jsonl", world, tmp_path)
+    assert len(sampled) == 1
+
+
 def judge_of(tokenizer, context):
     model = tiny_causal_lm("llama", tokenizer, max_position_embeddings=context)
     how = {"question": "w1?", "template": "{prompt} {first} w2 {second} w3", "labels": ("good", "bad")}

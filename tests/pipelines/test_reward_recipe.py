@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,12 @@ def test_an_ensemble_is_evaluated_as_its_mean_and_as_its_members(world, ensemble
         assert line.pop("ece") == pytest.approx(single["calibration"]["ece"], abs=1e-4)
         assert line == pytest.approx(single["overall"], abs=1e-4)
     assert lines["member_0"]["length_slope"] != pytest.approx(lines["member_1"]["length_slope"], abs=1e-3)
+    # The noise that a member's loss allowed for is its own
+    copied = tmp_path / "noisy"
+    shutil.copytree(ensemble, copied)
+    saved = json.loads((copied / "member_1" / "reward_config.json").read_text())
+    (copied / "member_1" / "reward_config.json").write_text(json.dumps({**saved, "prediction_noise": 0.3}))
+    assert [member.log_odds[1] for member in load_reward_ensemble(copied).members] == [0.0, 0.3]
     # By hand from the members' own scores and units
     scores, chances, rows = [], [], [json.loads(row) for row in (world / "mixed.jsonl").read_text().splitlines()]
     for path in members:
