@@ -26,7 +26,8 @@ from .loop_asynchronous import train_asynchronously
 from .loop_evaluation import evaluate_round
 from .loop_labels import write_labels
 from .loop_policies import check_base
-from .loop_run import MANIFEST_FILE, STEPS, LoopRun, write_whole
+from .loop_record import STEPS
+from .loop_run import MANIFEST_FILE, LoopRun, write_whole
 from .loop_samples import write_samples, write_selection
 from .loop_toy import prepare_toy
 from .loop_training import free_memory, ppo_config, probe_names, reward_config, train_policy, train_reward

@@ -21,7 +21,6 @@ from .finished_runs import digest_of, run_once
 
 
 SETTINGS_FILE, MANIFEST_FILE, ROWS_FILE = "settings.json", "manifest.json", "rows.jsonl"
-STEPS = ("samples", "selection", "labels", "reward", "policy", "evaluation")
 SFT = "sft"
 
 # What may differ when a run is called again: no step that is finished depends on it.
