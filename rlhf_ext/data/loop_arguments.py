@@ -30,7 +30,10 @@ class LoopArguments(DataArguments):
     seed: int = _field(42, "Seed of every draw; each step has its own, made of this, the round and its name.")
     toy: bool = _field(False, "The toy world: trains its SFT model and writes its prompts; labels come from gold.")
     eval_dataset_name: str | None = _field(
-        None, "Held-out prompts; else a share `eval_fraction` of `dataset_name` is held out."
+        None, "Held-out prompts of their own, in the place of `eval_fraction` and the test split."
+    )
+    eval_fraction: float = _field(
+        0.05, "Share of the prompts that is held out, by a hash; 0 takes the split `dataset_test_split`."
     )
     max_eval_prompts: int = _field(256, "At most this many held-out prompts are answered in each round.")
 

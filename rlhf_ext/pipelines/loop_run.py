@@ -4,7 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from ..data.loading import holdout_by_prompt, load_rows, require_columns
+from ..data.arguments import load_splits
+from ..data.loading import load_rows, require_columns
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_tokenizer
 from ..feedback.store import LabelStore
@@ -104,15 +105,12 @@ class LoopRun:
 
     @cached_property
     def _prompts(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        rows = load_rows(self.args.dataset_name, split=self.args.dataset_train_split, config=self.args.dataset_config)
+        named = self.args.eval_dataset_name
+        flags = self.args if named is None else replace(self.args, eval_fraction=0.0)
+        rows, held = load_splits(flags, wants_eval=named is None, seed=self.args.seed)
+        held = held if named is None else load_rows(named)
         require_columns(rows, ["prompt"], what="the prompts")
-        if self.args.max_rows is not None:
-            rows = rows.select(range(min(self.args.max_rows, len(rows))))
-        if self.args.eval_dataset_name is not None:
-            held = load_rows(self.args.eval_dataset_name)
-            require_columns(held, ["prompt"], what="the held-out prompts")
-        else:
-            rows, held = holdout_by_prompt(rows, self.args.eval_fraction or 0.05, self.args.seed)
+        require_columns(held, ["prompt"], what="the held-out prompts")
         return list(rows), list(held)[: self.args.max_eval_prompts]
 
     @property

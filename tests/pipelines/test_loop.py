@@ -20,7 +20,7 @@ from rlhf_ext.pipelines import loop, loop_labels
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import read_jsonl
+from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
 from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
@@ -150,6 +150,19 @@ def test_the_report_reads_what_the_loop_wrote(finished, tmp_path):
     assert "goodness" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_prompts_are_chosen_by_the_flags_of_every_recipe(tmp_path, sft, prompts):
+    rows = [{"prompt": f"w{i} the cat", "source": "ab"[i % 2]} for i in range(20)]
+    for split in ("train", "test"):
+        Dataset.from_list(rows).to_json(tmp_path / f"{split}.jsonl")
+    run = LoopRun(
+        *arguments(tmp_path / "run", sft, str(tmp_path), eval_fraction=0.0, dataset_source=["a"], max_rows=7)
+    )
+    assert [row["prompt"] for row in run.train_prompts] == [f"w{2 * i} the cat" for i in range(7)]
+    assert [row["prompt"] for row in run.eval_prompts] == [f"w{2 * i} the cat" for i in range(7)]
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts, eval_dataset_name=str(tmp_path / "test.jsonl")))
+    assert len(run.train_prompts) == 48 and len(run.eval_prompts) == 20
+
+
 class Killed(BaseException):
     """Not an Exception: nothing in between may catch it."""
 
@@ -214,6 +227,17 @@ def test_disagreement_selects_where_the_ensemble_is_in_doubt(tmp_path, sft, prom
     first, second = (read_run(folder / f"round_{r}" / "selection")["result"] for r in (1, 2))
     assert first["disagreement_mean"] is None
     assert second["disagreement_selected"] > second["disagreement_mean"]
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_adapters_on_a_quantised_base(tmp_path, sft, prompts):
+    folder = tmp_path / "run"
+    args, model_args = arguments(folder, sft, prompts, peft=True, num_members=2, selection="disagreement")
+    model_args.load_in_4bit, model_args.bnb_4bit_quant_type = True, "nf4"
+    loop.run_loop(args, model_args)
+    assert read_run(folder / "round_2" / "selection")["result"]["disagreement_mean"] > 0
+    result = read_run(folder / "round_2" / "evaluation")["result"]
+    assert set(result["win_rate"]) == {"reward", "goodness"} and "score/reward" in result
 
 
 def test_people_label_while_the_loop_waits(tmp_path, sft, prompts, monkeypatch):
