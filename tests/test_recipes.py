@@ -268,7 +268,9 @@ def parse(path: Path):
         data_arguments = namespace["ScriptArguments"]
     if kind == "constitution":
         parser = TrlParser((ConstitutionArguments, ModelConfig))
-        parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", "out"])
+        named = [] if path.stem.endswith("_tiny") else ["--red_team_prompts", "x", "--test_prompts", "x"]
+        named += [] if path.stem.endswith("_tiny") else ["--model_name_or_path", "x"]
+        parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", "out", *named])
         build_configs(*parsed)  # refuses an unknown key of a trainer
         return parsed
     if kind == "iterate":
