@@ -24,7 +24,7 @@ from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_prompts
 from .loop_asynchronous import train_asynchronously
 from .loop_evaluation import evaluate_round
-from .loop_labels import write_labels
+from .loop_labels import annotators_of, write_labels
 from .loop_policies import check_base
 from .loop_record import STEPS
 from .loop_run import MANIFEST_FILE, LoopRun, write_whole
@@ -106,6 +106,8 @@ def check(run: LoopRun) -> None:
             max_completion_length=run.max_completion_length,
             max_positions=max_positions,
         )
+    if args.labels == "judge" and not run.step(1, "labels").exists():
+        annotators_of(run)  # a judge that cannot be asked says so now, and not after the first samples
     if args.launch_config is not None:
         _check_launch_config(args.launch_config)
     if "references" in args.sources and not any(row.get("completion") for row in run.train_prompts):

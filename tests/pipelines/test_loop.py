@@ -303,6 +303,7 @@ def test_training_is_launched_by_accelerate_with_the_same_result(tmp_path, finis
         ({"refit_labels": 3}, "nothing reads it"),
         ({"launch_config": "accelerate_configs/zero3.yaml"}, "DeepSpeed"),
         ({"launch_config": "nowhere.yaml"}, "cannot be read"),
+        ({"toy": True, "labels": "judge", "judge_model_path": "x"}, "labels by gold"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(tmp_path, sft, prompts, changes, words):
