@@ -129,9 +129,7 @@ class LoopArguments(DataArguments):
     def _check_labels(self) -> None:
         if self.toy:
             if self.labels == "judge":
-                raise ValueError(
-                    "`labels` is 'judge', but `toy` labels by gold. Leave one of them out."
-                )
+                raise ValueError("`labels` is 'judge', but `toy` labels by gold. Leave one of them out.")
             self.labels = "simulated"
             self.gold_func = self.gold_func or "rlhf_ext.toyworld.gold:gold_reward"
         if self.labels == "simulated" and not self.gold_func:
