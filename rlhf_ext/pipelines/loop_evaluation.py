@@ -6,17 +6,15 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.functions import import_function
-from ..models.ensembles import is_reward_ensemble, load_reward_ensemble
 from ..models.generation import Samples, completion_text
-from .evaluation import load_reward
 from .evaluation_policy import (
     PolicyEvaluation,
     PolicySettings,
     Reference,
-    Scorer,
     evaluate_policy,
     wins_by_score,
 )
+from .evaluation_scorers import Scorer, load_scorer
 from .loop_asynchronous import newest_reward_folder
 from .loop_policies import Policies
 from .loop_run import SFT, LoopRun, read_jsonl, write_jsonl
@@ -71,14 +69,14 @@ def evaluate_round(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
 
 def _reward_scorer(run: LoopRun, round_: int) -> Scorer:
     folder = newest_reward_folder(run) if run.args.asynchronous else run.step(round_, "reward")
-    device = PartialState().device
-    trust = run.args.trust_remote_code
-    if is_reward_ensemble(folder):
-        ensemble = load_reward_ensemble(
-            folder, policy_processing_class=run.tokenizer, device=device, trust_remote_code=trust
-        )
-        return Scorer(REWARD, function=ensemble.mean)
-    return Scorer(REWARD, *load_reward(str(folder), device=device, dtype="auto", trust_remote_code=trust))
+    return load_scorer(
+        str(folder),
+        REWARD,
+        batch_size=run.args.eval_batch_size,
+        device=PartialState().device,
+        dtype="auto",
+        trust_remote_code=run.args.trust_remote_code,
+    )
 
 
 def _columns(run: LoopRun) -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from ..feedback.exchange import export_rows
 from ..feedback.judge import AIJudge
 from ..feedback.simulated import SimulatedLabeller
 from ..feedback.store import Candidate, LabelStore, NewComparison
+from ..functional.pairs import pair_credits
 from ..models.build import load_policy
 from .loop_run import ROWS_FILE, LoopRun, write_jsonl
 
@@ -123,17 +125,18 @@ def label_facts(run: LoopRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "gold_agreement": None,
     }
     if run.args.gold_func is not None:
-        gold, credits = import_function(run.args.gold_func), []
+        gold, scores, wanted = import_function(run.args.gold_func), [], []
         for row in rows:
             target = row["target"] or _one_hot(row["best"], len(row["completions"]))
             if target is None or len(target) != 2 or target[0] == target[1]:
                 continue
-            texts = [text_of(text) for text in row["completions"]]
-            scores = gold([text_of(row["prompt"])] * 2, texts)
-            credits.append(
-                0.5 if scores[0] == scores[1] else float((scores[0] > scores[1]) == (target[0] > target[1]))
+            scores.append(gold([text_of(row["prompt"])] * 2, [text_of(text) for text in row["completions"]]))
+            wanted.append(target[0])
+        if wanted:
+            credits = pair_credits(
+                torch.tensor(scores, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
             )
-        facts["gold_agreement"] = sum(credits) / len(credits) if credits else None
+            facts["gold_agreement"] = credits.mean().item()
     return facts
 
 
