@@ -103,11 +103,12 @@ def table(found: dict[int, dict[str, dict[str, Any]]]) -> tuple[list[str], list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, less one")
+    parser.add_argument("--first_seed", type=int, default=0, help="begin here, for two processes side by side")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/loop_arms"))
     parser.add_argument("--result", type=Path)
     args = parser.parse_args()
     found: dict[int, dict[str, dict[str, Any]]] = {}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.seeds):
         found[seed] = {arm: run_arm(arm, seed, args.output_dir) for arm in ARMS}
         columns, rows = table(found)
         sft = sum(next(iter(run.values()))["gold of SFT"] for run in found.values()) / len(found)
