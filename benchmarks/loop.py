@@ -42,7 +42,8 @@ DIFFERENCES = (("4 rounds", "one round"), ("asynchronous", "one round"))
 def settings_of(arm: str, seed: int, folder: Path) -> LoopArguments:
     """The flags of an arm: those of the recipe, with pairs as in the asynchronous form."""
     given = yaml.safe_load((ROOT / "recipes" / "iterate_tiny.yaml").read_text())
-    given.pop("dtype")
+    for own in ("dtype", "seed"):  # given to the model, and by the caller
+        given.pop(own)
     given = copy.deepcopy({**given, "num_candidates": 2, "max_eval_prompts": 512, **ARMS[arm]})
     # A pair of completions of each prompt in every arm: what differs is when labels come, not how PPO samples.
     given["ppo"]["num_generations"] = 2
