@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
@@ -43,6 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in parsed.cases:
         run(case, parsed.world, parsed.output)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from transformers import (
@@ -333,6 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for case in parsed.cases:
         (run_twice if "resume" in case else run)(case, parsed.world, parsed.output)
+    # Gloo's threads that still stand at the end of the interpreter abort the process, sometimes.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,16 @@ from tests.pipelines.test_loop import PPO, arguments, goodness, prompts, sft  # 
 from tests.tiny import tiny_reward_model, tiny_tokenizer
 
 
+GO_ON = "RLHF_EXT_TEST_GO_ON"  # variable: a file without which the policy does not pass its sixteenth step
+
+
 def slow_gold(prompts, completions, trainer_state=None, **kwargs):  # noqa: F811
-    """As gold; a rollout takes the time that one of a real policy would."""
-    time.sleep(0.4 if trainer_state is not None else 0.0)
+    """As gold; the policy takes its time, and does not end before each process was killed and a refit is whole."""
+    if trainer_state is not None:
+        time.sleep(0.2)
+        deadline = time.time() + 150
+        while trainer_state.global_step >= 16 and not os.path.exists(os.environ[GO_ON]) and time.time() < deadline:
+            time.sleep(0.1)
     return goodness(prompts, completions)
 
 
@@ -41,7 +48,8 @@ def kill_once(folder, role, when):
     return None
 
 
-def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts):  # noqa: F811
+def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, monkeypatch):  # noqa: F811
+    monkeypatch.setenv(GO_ON, str(tmp_path / "go_on"))
     folder = tmp_path / "run"
     args = arguments(
         folder,
@@ -60,17 +68,26 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts): 
     whens = {
         "policy": lambda: list(aside.glob("checkpoint-*")),
         "labels": lambda: list((aside / "queue").glob("*.json")),
-        "rewards": lambda: list((aside / "rewards").glob("_unfinished_0002")),
+        "rewards": lambda: list((aside / "rewards").glob("_unfinished_*")),
     }
     threads = [
         threading.Thread(target=lambda role=role: killed.update({role: kill_once(folder, role, whens[role])}))
         for role in whens
     ]
-    for thread in threads:
+
+    def let_go():
+        for thread in threads:
+            thread.join()
+        deadline = time.time() + 120
+        while newest_version(aside / "rewards") < 2 and time.time() < deadline:
+            time.sleep(0.1)
+        (tmp_path / "go_on").touch()
+
+    last = threading.Thread(target=let_go)
+    for thread in [*threads, last]:
         thread.start()
     loop.run_loop(*args)
-    for thread in threads:
-        thread.join()
+    last.join()
     assert set(killed) == set(whens) and all(killed.values()), killed
     result = read_run(folder / "round_1" / "policy")["result"]
     assert result["restarts"] == {"policy": 1, "labels": 1, "rewards": 1}
