@@ -161,6 +161,7 @@ TRL_NAMES = {
     "trl.models.utils.disable_gradient_checkpointing",
     "trl.models.utils.prepare_deepspeed",
     "trl.models.utils.prepare_fsdp",
+    "trl.trainer.utils.FusedCausalLMOutput",
     "trl.trainer.utils.add_fused_lm_head",
     "trl.trainer.utils.get_callable_name",
     "trl.trainer.utils.get_config_model_id",

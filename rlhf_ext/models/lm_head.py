@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..functional.token_logps import token_logps
+
 
 LM_HEAD = "lm_head"
 
@@ -98,24 +100,20 @@ def lm_logps(
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     picked = lm_mask[:, 1:].bool()
-    softcap, scale = _logit_transform(model.config.get_text_config())
+    softcap, scale = logit_transform(model.config.get_text_config())
+    rows, targets = hidden[:, :-1][picked].to(weight.device), input_ids[:, 1:][picked].to(weight.device)
     with maybe_gather_lm_head_ctx(weight, bias):
-        logps = ChunkedLogProbFunction.apply(
-            hidden[:, :-1][picked].to(weight.device),
-            weight,
-            bias,
-            input_ids[:, 1:][picked].to(weight.device),
-            1.0,
-            TILE_VOCABULARY,
-            softcap,
-            scale,
-            ("log_probs",),
-        )[0]
+        if weight.device.type == "cpu" and not hasattr(weight, "ds_id"):  # TRL's kernel is made for GPUs
+            logps, _ = token_logps(rows, weight, targets, bias=bias, logit_scale=scale, softcap=softcap)
+        else:
+            logps = ChunkedLogProbFunction.apply(
+                rows, weight, bias, targets, 1.0, TILE_VOCABULARY, softcap, scale, ("log_probs",)
+            )[0]
     rows = logps.new_zeros(picked.shape).masked_scatter(picked.to(logps.device), logps)
     return nn.functional.pad(rows, (1, 0)).to(hidden.device)
 
 
-def _logit_transform(config: PreTrainedConfig) -> tuple[float | None, float]:
+def logit_transform(config: PreTrainedConfig) -> tuple[float | None, float]:
     """Soft cap and factor that a family puts between the head and its logits."""
     softcap = getattr(config, "final_logit_softcapping", None)
     factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]

@@ -31,6 +31,7 @@ from ..functional import (
 from ..functional.advantages import baseline_advantages
 from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
+from ..models.fused_head import tile_fused_head
 from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, local_folder, with_base_revision
 from ..models.positions import count_positions_from_mask
@@ -225,6 +226,8 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
             optimizers=optimizers,
         )
         self.roles.unfreeze()
+        trains_entropy = args.entropy_bonus_coef > 0
+        tile_fused_head(self.roles.base, self.temperature, entropy_gradient=trains_entropy)
         reset_reentrant(args)
         if optimizers[0] is not None:
             self._check_optimizer(optimizers[0])
@@ -232,6 +235,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
         self.reference = self.roles.reference
         if self.reference is not None:
             add_fused_lm_head(self.reference, temperature=self.temperature)
+            tile_fused_head(self.reference, self.temperature)
             count_positions_from_mask(self.reference.base_model)
             self.reference = prepare_frozen(self.reference, self.accelerator)
         for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rlhf_ext.functional import token_logps
 from rlhf_ext.functional.candidates import preferred_lm_loss, preferred_tokens
-from rlhf_ext.models import lm_head
 from rlhf_ext.models.hub import local_folder
 from rlhf_ext.models.lm_head import keep_lm_head
 from rlhf_ext.models.scoring import classifier_of, load_reward_model
@@ -145,12 +145,15 @@ class _Widest(TorchDispatchMode):
 
 
 def test_logits_are_never_whole(tmp_path, sft, monkeypatch):
-    monkeypatch.setattr(lm_head, "TILE_VOCABULARY", 8)
+    monkeypatch.setattr(token_logps, "TILE", 1)
+    monkeypatch.setattr(token_logps, "MIN_ROWS", 4)
     trainer = build(tmp_path, sft / "llama")
     batch = trainer.data_collator(list(trainer.train_dataset))
     with _Widest(len(tiny_tokenizer())) as widest:
         trainer.compute_loss(trainer.model, batch).backward()
-    assert widest.rows == 0
+    hidden = trainer.model.config.hidden_size
+    # The head itself and its gradient have the vocabulary as their first dimension.
+    assert hidden != len(tiny_tokenizer()) and widest.rows == 4
 
 
 def test_likelihood_of_preferred_completions_holds(tmp_path, sft):

@@ -1,0 +1,188 @@
+"""Log-probabilities and entropies of given tokens from hidden states and an output head, in tiles of logits.
+
+Shapes: N tokens, H hidden size, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import torch
+
+from . import _checks as checks
+
+
+TILE = 2**21
+"""Logits that live at a time: 8 MiB in fp32, so that they are worked on inside a CPU's cache."""
+
+MIN_ROWS = 64
+"""Tokens of a tile at least: the head is read once per tile, and below this its reading costs more than its product."""
+
+
+def token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    log p(target | hidden) and the entropy of p(. | hidden), with logits z = cap(scale (W h + b)) / temperature.
+
+    Where only `hidden` needs a gradient, as under adapters, its direction d log p / d h = W^T (onehot - p) is found
+    along with the log-probability, and the backward pass makes no logits again: 2 products with the head instead of 3.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states one position before each token. Gradient.
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Output embeddings. Gradient.
+        targets (`torch.Tensor` of shape `(N,)`, int64):
+            The tokens.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Gradient.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        logit_scale (`float`, *optional*, defaults to `1.0`), softcap (`float`, *optional*):
+            What a family does to its logits: multiplied, then c tanh(. / c).
+        entropy_gradient (`bool`, *optional*, defaults to `False`):
+            Whether the entropy hangs on the graph.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both `(N,)`, fp32 (float64 for float64), in nats.
+
+    Raises:
+        ValueError: the shapes do not fit, or the temperature is not positive.
+    """
+    checks.check_tensor("hidden", hidden)
+    checks.check_tensor("weight", weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"`hidden` is {tuple(hidden.shape)} and `weight` {tuple(weight.shape)}; expected (N, H) and (V, H)."
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"`targets` has shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:1])}.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` is {temperature}; it must be positive.")
+    transform = (1.0 / temperature, logit_scale, softcap)
+    return cast(
+        tuple[torch.Tensor, torch.Tensor],
+        _TokenLogps.apply(hidden, weight, bias, targets, transform, entropy_gradient),  # type: ignore[no-untyped-call]
+    )
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: tuple[float, float, float | None],
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        ahead = for_hidden and not (for_weight or for_bias or entropy_gradient)
+        head = weight.to(dtype)
+        logps, entropies = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        direction = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if ahead else None
+        for rows in _tiles(hidden, weight):
+            z, slope = _logits(hidden[rows].to(dtype), head, bias, transform)
+            z -= z.amax(-1, keepdim=True)
+            of_target = z.gather(-1, targets[rows, None])
+            p = z.exp()
+            total = p.sum(-1, keepdim=True)
+            logps[rows] = (of_target - total.log()).squeeze(-1)
+            mean = torch.bmm(p[:, None], z[:, :, None]).view(-1, 1) / total
+            entropies[rows] = (total.log() - mean).squeeze(-1)
+            if direction is not None:
+                p /= -total
+                p.scatter_add_(-1, targets[rows, None], torch.ones_like(of_target))
+                direction[rows] = (_times(p, slope).to(dtype) @ head).to(wide)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
+        ctx.dtype, ctx.transform = dtype, transform
+        ctx.save_for_backward(direction if ahead else hidden, weight, bias, targets, logps, entropies)
+        ctx.ahead, ctx.hidden_dtype = ahead, hidden.dtype
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        kept, weight, bias, targets, logps, entropies = ctx.saved_tensors
+        for_logps, for_entropies = grads
+        if ctx.ahead:
+            grad = None if for_logps is None else (kept * for_logps[:, None]).to(ctx.hidden_dtype)
+            return grad, None, None, None, None, None
+        hidden, dtype, wide = kept, ctx.dtype, logps.dtype
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        head = weight.to(dtype)
+        grad_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if for_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if for_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if for_bias else None
+        for rows in _tiles(hidden, weight):
+            inputs, target = hidden[rows].to(dtype), targets[rows, None]
+            z, slope = _logits(inputs, head, bias, ctx.transform)
+            # log p = z - log sum exp z, and the logsumexp is the target's z less its log p.
+            z -= z.gather(-1, target) - logps[rows, None]
+            p = z.exp()
+            if for_entropies is not None:  # dH / dz = -p (log p + H)
+                grad = (z + entropies[rows, None]).mul_(p).mul_(-for_entropies[rows, None])
+            if for_logps is not None:  # d log p / dz = onehot - p
+                p *= -for_logps[rows, None]
+                p.scatter_add_(-1, target, for_logps[rows, None])
+                grad = p if for_entropies is None else grad + p
+            elif for_entropies is None:
+                continue
+            grad = _times(grad, slope)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (grad @ head).to(wide)
+            if grad_weight is not None:
+                if dtype == wide:
+                    grad_weight.addmm_(grad.t(), inputs)
+                else:  # each tile's product in the compute dtype, their sum in fp32
+                    grad_weight += grad.t() @ inputs
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _tiles(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    step = max(TILE // weight.shape[0], MIN_ROWS)
+    return [slice(start, start + step) for start in range(0, len(hidden), step)]
+
+
+def _logits(
+    inputs: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: tuple[float, float, float | None],
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """z `(n, V)` in fp32 or wider, and dz / d(W h + b)."""
+    per_temperature, scale, softcap = transform
+    z = torch.nn.functional.linear(inputs, head, None if bias is None else bias.to(head.dtype))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if softcap is None:
+        factor = scale * per_temperature
+        return (z if factor == 1.0 else z.mul_(factor)), factor
+    z = z.mul_(scale / softcap).tanh_()
+    slope = (1.0 - z * z).mul_(scale * per_temperature)
+    return z.mul_(softcap * per_temperature), slope
+
+
+def _times(grad: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    return grad if isinstance(slope, float) and slope == 1.0 else grad * slope
