@@ -14,7 +14,7 @@ TILE = 2**21
 """Logits that live at a time: 8 MiB in fp32, so that they are worked on inside a CPU's cache."""
 
 MIN_ROWS = 64
-"""Tokens of a tile at least: the head is read once per tile, and below this its reading costs more than its product."""
+"""Tokens of a tile at least: the head is read once per tile, which below this costs more than the product with it."""
 
 
 def token_logps(
@@ -69,7 +69,7 @@ def token_logps(
     transform = (1.0 / temperature, logit_scale, softcap)
     return cast(
         tuple[torch.Tensor, torch.Tensor],
-        _TokenLogps.apply(hidden, weight, bias, targets, transform, entropy_gradient),  # type: ignore[no-untyped-call]
+        _TokenLogps.apply(hidden, weight, bias, targets, transform, entropy_gradient),
     )
 
 
@@ -117,6 +117,8 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         kept, weight, bias, targets, logps, entropies = ctx.saved_tensors
         for_logps, for_entropies = grads
+        if for_logps is None and for_entropies is None:
+            return None, None, None, None, None, None
         if ctx.ahead:
             grad = None if for_logps is None else (kept * for_logps[:, None]).to(ctx.hidden_dtype)
             return grad, None, None, None, None, None
@@ -132,14 +134,13 @@ class _TokenLogps(torch.autograd.Function):
             # log p = z - log sum exp z, and the logsumexp is the target's z less its log p.
             z -= z.gather(-1, target) - logps[rows, None]
             p = z.exp()
+            grad = z
             if for_entropies is not None:  # dH / dz = -p (log p + H)
-                grad = (z + entropies[rows, None]).mul_(p).mul_(-for_entropies[rows, None])
+                grad.add_(entropies[rows, None]).mul_(p).mul_(-for_entropies[rows, None])
             if for_logps is not None:  # d log p / dz = onehot - p
                 p *= -for_logps[rows, None]
                 p.scatter_add_(-1, target, for_logps[rows, None])
-                grad = p if for_entropies is None else grad + p
-            elif for_entropies is None:
-                continue
+                grad = p if for_entropies is None else grad.add_(p)
             grad = _times(grad, slope)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)

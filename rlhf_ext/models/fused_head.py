@@ -7,7 +7,6 @@ import functools
 import types
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""Log-probabilities in tiles against float64 logits: values, every gradient, families' transforms, and TRL's kernel."""
+"""Log-probabilities in tiles against float64 logits: values, gradients, families' transforms; and TRL's kernel."""
 
 import pytest
 import torch

@@ -147,13 +147,14 @@ class _Widest(TorchDispatchMode):
 def test_logits_are_never_whole(tmp_path, sft, monkeypatch):
     monkeypatch.setattr(token_logps, "TILE", 1)
     monkeypatch.setattr(token_logps, "MIN_ROWS", 4)
+    tiles, tokens = token_logps._tiles, []
+    monkeypatch.setattr(token_logps, "_tiles", lambda rows, head: tokens.append(len(rows)) or tiles(rows, head))
     trainer = build(tmp_path, sft / "llama")
-    batch = trainer.data_collator(list(trainer.train_dataset))
+    batch = trainer.data_collator(list(trainer.train_dataset) * 4)
     with _Widest(len(tiny_tokenizer())) as widest:
         trainer.compute_loss(trainer.model, batch).backward()
-    hidden = trainer.model.config.hidden_size
-    # The head itself and its gradient have the vocabulary as their first dimension.
-    assert hidden != len(tiny_tokenizer()) and widest.rows == 4
+    hidden = trainer.model.config.hidden_size  # the head itself, transposed, has as many rows
+    assert min(tokens) > hidden == widest.rows
 
 
 def test_likelihood_of_preferred_completions_holds(tmp_path, sft):
