@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.candidates import end_at_closer
 from ..data.loading import common_prefix_length
+from ..functional.batching import length_chunks
 from .pooling import (
     has_normalization,
     last_token_scores,
@@ -134,11 +135,12 @@ class ModelReward:
             starts = [self._prompt_ids(prompt) for prompt in prompts] if self.sums else rows
             lengths = [len(row) - common_prefix_length(start, row) for start, row in zip(starts, rows, strict=True)]
         self._check_lengths(rows)
-        scores: list[float] = []
+        scores = [0.0] * len(rows)
         with inference(self.model):
-            for start in range(0, len(rows), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                scores += self._score(rows[batch], lengths[batch]).tolist()
+            for places in length_chunks([len(row) for row in rows], self.batch_size):
+                found = self._score([rows[place] for place in places], [lengths[place] for place in places])
+                for place, score in zip(places, found.tolist(), strict=True):
+                    scores[place] = score
         return scores
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..functional.batching import length_chunks
 from .ensembles import is_reward_ensemble, load_reward_ensemble
 from .hub import is_inside_repo, local_folder
 from .roles import REWARD, SCORE_AND_VALUE
@@ -60,17 +61,19 @@ class AdapterReward:
     ) -> list[float]:
         rows = [torch.tensor([*p, *c]) for p, c in zip(prompt_ids or [], completion_ids, strict=True)]
         device = next(self.model.parameters()).device
-        scores, self.values = [], []
-        for start in range(0, len(rows), self.batch_size):
-            chunk = rows[start : start + self.batch_size]
+        scores, self.values = [0.0] * len(rows), [torch.empty(0)] * len(rows)
+        for places in length_chunks([len(row) for row in rows], self.batch_size):
+            chunk = [rows[place] for place in places]
             ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=self.pad_token_id).to(device)
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in chunk], batch_first=True).to(device)
             role = SCORE_AND_VALUE if self.with_values else REWARD
             token_scores = self.model(input_ids=ids, attention_mask=mask, role=role)
             if self.with_values:
                 token_scores, values = token_scores.unbind(dim=-1)
-                self.values += [row[: len(tokens)] for row, tokens in zip(values, chunk, strict=True)]
-            scores += last_token_scores(token_scores, mask).tolist()
+                for place, row in zip(places, values, strict=True):
+                    self.values[place] = row[: len(rows[place])]
+            for place, score in zip(places, last_token_scores(token_scores, mask).tolist(), strict=True):
+                scores[place] = score
         return scores
 
 

@@ -8,21 +8,25 @@ attributes are untouched.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from .base_quantization import quantization_of
-from .pooling import classifier_of
 
 
 class TrunkCache:
     """
-    Lets the lowest layers of a classifier run once per text.
+    Lets the lowest layers of a model run once per text.
 
     Texts are told apart by their real tokens. What is replayed in the batch it was computed in is equal bit for bit;
     in a batch of another shape it is equal up to the rounding of matrix products. It lives in the dtype of the hidden
@@ -30,30 +34,42 @@ class TrunkCache:
 
     Args:
         model (`nn.Module`):
-            Decoder sequence-classification model, plain or a [`~peft.PeftModel`]; its positions must follow from the
-            attention mask, as those of a pooled forward do.
+            Decoder sequence-classification model or causal language model, plain or a [`~peft.PeftModel`]; its
+            positions must follow from the attention mask. Forwards with a key-value cache pass by.
         num_layers (`int`):
             How many of the lowest layers to replay.
         shared (`TrunkCache`, *optional*):
             Cache of the same trunk under another adapter, whose texts are used and added to.
+        max_bytes (`int`, *optional*):
+            What the texts may take; the ones beyond are computed each time.
 
     Attributes:
+        texts (`dict[bytes, torch.Tensor]`):
+            Hidden states `(T, H)` by the hash of a text's tokens.
         num_computed, num_replayed (`int`):
             Sequences that went through the lower layers, and that did not.
 
     Raises:
-        ValueError: something below trains or drops out, gradient checkpointing is on, or there are not so many layers.
+        ValueError: something below trains or drops out, gradient checkpointing is reentrant, or there are not so many
+            layers.
     """
 
-    def __init__(self, model: nn.Module, num_layers: int, shared: "TrunkCache | None" = None):
-        base = classifier_of(model)
-        self._backbone = getattr(base, base.base_model_prefix)
-        depth = base.config.get_text_config().num_hidden_layers
-        stacks = [m for m in self._backbone.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if not stacks or not 0 < num_layers < depth:
-            raise ValueError(f"`num_layers` is {num_layers} of a trunk of {depth} layers; choose 1 to {depth - 1}.")
-        self._lower = list(stacks[0][:num_layers])
+    def __init__(
+        self,
+        model: nn.Module,
+        num_layers: int,
+        shared: "TrunkCache | None" = None,
+        max_bytes: int | None = None,
+    ):
+        base = _base_of(model)
+        self._backbone, layers = base.base_model, _layers_of(base)
+        if not 0 < num_layers < len(layers):
+            raise ValueError(
+                f"`num_layers` is {num_layers} of a trunk of {len(layers)} layers; choose 1 to {len(layers) - 1}."
+            )
+        self._lower = layers[:num_layers]
         self._check(base)
+        self.max_bytes = max_bytes
         self._origin = {
             "base": str(base.config._name_or_path),
             "quantization": json.dumps(quantization_of(base.config), default=str, sort_keys=True),
@@ -64,6 +80,7 @@ class TrunkCache:
         self.num_computed = self.num_replayed = 0
         self._replayed: torch.Tensor | None = None
         self._stops = False
+        self._passes_by = False
         self._handle = self._backbone.register_forward_pre_hook(self._look_up, with_kwargs=True)
         for place, layer in enumerate(self._lower):
             layer.forward = _Layer(self, layer.forward, place == num_layers - 1)
@@ -122,10 +139,31 @@ class TrunkCache:
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in parts)
         if drops or (getattr(base.config.get_text_config(), "attention_dropout", None) or 0.0) > 0:
             raise ValueError("The layers to replay have dropout, so their output is never the same. Set it to 0.")
-        if getattr(self._backbone, "gradient_checkpointing", False) or base.is_gradient_checkpointing:
-            raise ValueError("`gradient_checkpointing` recomputes a layer after its cache is gone. Turn it off.")
+        checkpoints = [getattr(layer, "_gradient_checkpointing_func", None) for layer in self._lower]
+        if any(getattr(func, "keywords", {}).get("use_reentrant", False) for func in checkpoints):
+            raise ValueError(
+                "`gradient_checkpointing` with use_reentrant=True gets no gradient from a replayed layer. Set "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the texts."""
+        return sum(text.nbytes for text in self.texts.values())
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Texts of a `with` block are forgotten at its end, and those of before are there again."""
+        before, self.texts = self.texts, {}
+        try:
+            yield
+        finally:
+            self.texts = before
 
     def _look_up(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._passes_by = kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is True
+        if self._passes_by:
+            return
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         mask = kwargs.get("attention_mask")
         self._mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -144,12 +182,39 @@ class TrunkCache:
         return hidden.to(self._mask.device)
 
     def _store(self, hidden: torch.Tensor) -> None:
+        taken = 0 if self.max_bytes is None else self.nbytes
         for key, row, keep in zip(self._keys, hidden, self._mask, strict=True):
-            self.texts.setdefault(key, row[keep].detach().to("cpu", copy=True))
+            text = row[keep].detach()
+            if key not in self.texts and (self.max_bytes is None or taken + text.nbytes <= self.max_bytes):
+                self.texts[key] = text.to("cpu", copy=True)
+                taken += text.nbytes
 
 
 class _Filled(Exception):
     pass
+
+
+def num_frozen_layers(model: nn.Module) -> int:
+    """How many of the lowest layers of a model neither train nor carry an adapter, so that every role shares them."""
+    base = _base_of(model)
+    if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+        return 0
+    for place, layer in enumerate(layers := _layers_of(base)):
+        adapted = any(isinstance(module, BaseTunerLayer) for module in layer.modules())
+        if adapted or any(p.requires_grad for p in layer.parameters()):
+            return place
+    return len(layers)
+
+
+def _base_of(model: nn.Module) -> PreTrainedModel:
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _layers_of(base: PreTrainedModel) -> list[nn.Module]:
+    depth = base.config.get_text_config().num_hidden_layers
+    stacks = [m for m in base.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return list(stacks[0]) if stacks else []
 
 
 class _Layer:
@@ -157,6 +222,8 @@ class _Layer:
         self.cache, self.forward, self.is_last = cache, forward, is_last
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.cache._passes_by:
+            return self.forward(hidden_states, *args, **kwargs)
         if self.cache._replayed is not None and self.cache._stops:
             raise _Filled
         if self.cache._replayed is not None:

@@ -122,6 +122,15 @@ class PPOConfig(GRPOConfig):
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
 
+    Parameters that control speed and memory:
+        balance_micro_batches (`bool`, *optional*, defaults to `True`):
+            Whether the rows of an optimizer step are put into its micro-batches by length, such that the largest has
+            as few padded tokens as possible. The gradient of the step is the same.
+        trunk_cache_gib (`float`, *optional*):
+            Where adapters stand on the upper layers only, the layers below give the same hidden states to every role
+            and epoch: they are computed once per rollout and kept in the CPU's memory, at most this many GiB of them;
+            what lies beyond is computed each time. `0` switches it off; unset takes 1 GiB wherever it is exact.
+
     Parameters that control the critic:
         critic (`str`, *optional*):
             `"adapter"`: an adapter on the policy's base, started from `reward_adapter`. `"shared"`: a second head on
@@ -183,6 +192,17 @@ class PPOConfig(GRPOConfig):
     )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Whether advantages are whitened over the whole rollout."}
+    )
+
+    # Parameters that control speed and memory
+    balance_micro_batches: bool = field(
+        default=True, metadata={"help": "Whether a step's rows are split by length; its gradient is the same."}
+    )
+    trunk_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory of the CPU for outputs of frozen lower layers; 0 is off, None takes 1 if it is exact."
+        },
     )
 
     # Parameters that control the critic
@@ -256,7 +276,14 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be positive. Use None where it can be switched off."
                 )
-        for name in ("kl_coef", "vf_coef", "critic_learning_rate", "entropy_bonus_coef", "critic_warmup_rollouts"):
+        for name in (
+            "kl_coef",
+            "vf_coef",
+            "trunk_cache_gib",
+            "critic_learning_rate",
+            "entropy_bonus_coef",
+            "critic_warmup_rollouts",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.adaptive_kl_target is not None and self.generation_batch_size >= 5 * self.kl_horizon:

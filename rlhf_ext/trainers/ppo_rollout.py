@@ -11,6 +11,7 @@ from ..functional.statistics import completion_statistics, is_below_zero, rollou
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
 from ..models.token_rewards import pad_rows
+from .ppo_batches import by_length
 
 
 logger = logging.get_logger(__name__)
@@ -108,12 +109,10 @@ class RolloutMixin:
             values = torch.cat(self.adapter_reward.values)
             outputs = values.new_zeros(mask.shape).masked_scatter(mask.bool(), values)
         else:
+            order, back = by_length(mask)
             outputs = torch.cat(
-                [
-                    self.model(input_ids=i, attention_mask=m, role=CRITIC)
-                    for i, m in zip(ids.split(size), mask.split(size), strict=True)
-                ]
-            )
+                [self.model(input_ids=ids[rows], attention_mask=mask[rows], role=CRITIC) for rows in order.split(size)]
+            )[back]
         values = {"values": torch.where(token_mask(batch), before_each_token(outputs, batch), 0.0)}
         if self.args.bootstrap_truncated:
             ended = torch.isin(batch["completion_ids"], torch.tensor(self.eos_token_ids, device=ids.device))

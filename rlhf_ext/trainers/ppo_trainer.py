@@ -31,6 +31,7 @@ from ..functional import (
 from ..functional.advantages import baseline_advantages
 from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
+from ..models.dense_rows import compute_dense_rows
 from ..models.fused_head import tile_fused_head
 from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, local_folder, with_base_revision
@@ -40,16 +41,28 @@ from ..models.roles import CRITIC, checkpoint_context
 from ..models.score_wrappers import CutAt, ScoreWrapper, parts_of, unit_of
 from ..models.scoring import ModelReward, saved_normalization
 from .launch import check_launch, prepare_frozen, reset_reentrant
+from .ppo_batches import BatchesMixin
 from .ppo_card import PPOCardMixin
 from .ppo_checkpoint import CheckpointMixin, is_critic
 from .ppo_config import PPOConfig
 from .ppo_rewards import RewardsMixin
 from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
 from .ppo_throughput import StepClock, ThroughputMixin
+from .ppo_trunk import TrunkMixin
 from .ppo_update import StepGuard, UpdateMixin
 
 
-class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, CheckpointMixin, PPOCardMixin, GRPOTrainer):
+class PPOTrainer(
+    RewardsMixin,
+    RolloutMixin,
+    ThroughputMixin,
+    BatchesMixin,
+    TrunkMixin,
+    UpdateMixin,
+    CheckpointMixin,
+    PPOCardMixin,
+    GRPOTrainer,
+):
     """
     Trainer for RLHF by proximal policy optimisation (Schulman et al. 2017, Ziegler et al. 2019, Stiennon et al. 2020).
 
@@ -228,6 +241,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
         self.roles.unfreeze()
         trains_entropy = args.entropy_bonus_coef > 0
         tile_fused_head(self.roles.base, self.temperature, entropy_gradient=trains_entropy)
+        self._make_dense()
         reset_reentrant(args)
         if optimizers[0] is not None:
             self._check_optimizer(optimizers[0])
@@ -236,6 +250,7 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
         if self.reference is not None:
             add_fused_lm_head(self.reference, temperature=self.temperature)
             tile_fused_head(self.reference, self.temperature)
+            compute_dense_rows(self.reference.base_model)
             count_positions_from_mask(self.reference.base_model)
             self.reference = prepare_frozen(self.reference, self.accelerator)
         for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:
@@ -275,14 +290,15 @@ class PPOTrainer(RewardsMixin, RolloutMixin, UpdateMixin, ThroughputMixin, Check
     # First wrap, of `_calculate_rewards`: in ppo_rewards.py. Second wrap: values, reference, rewards, advantages
 
     def _generate_and_score_completions(self, inputs):
-        if self.model.training:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train":
             self._move_penalty()
             self._stopped = False
-        with without_generation_defaults(self.roles.model):
-            batch = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            rollout = self._complete_rollout(batch, mode)
+        with self._texts(mode):
+            with without_generation_defaults(self.roles.model):
+                batch = super()._generate_and_score_completions(inputs)
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                rollout = self._complete_rollout(batch, mode)
         for name in ("old_per_token_logps", "old_hidden", "advantages", "values", "returns"):
             if name in rollout:
                 batch[name] = rollout[name]

@@ -4,9 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlhf_ext.models.build import without_dropout
+from rlhf_ext.models.positions import count_positions_from_mask
 from rlhf_ext.models.scoring import pool_by_attention_mask
-from rlhf_ext.models.trunk_cache import TrunkCache
-from tests.tiny import tiny_reward_model, tiny_tokenizer
+from rlhf_ext.models.trunk_cache import TrunkCache, num_frozen_layers
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 1], [10, 11, 1, 0, 0, 0], [12, 6, 7, 13, 1, 0]])
@@ -105,6 +107,83 @@ def test_what_changes_below_is_refused():
     with pytest.raises(ValueError, match="dropout"):
         TrunkCache(model, 2)
     model = adapted("llama")
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         TrunkCache(model, 2)
+
+
+def test_checkpointing_computes_a_replayed_layer_no_second_time():
+    model = adapted("llama")
+    scores, gradients = run(model, IDS, RIGHT)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    cache, calls = TrunkCache(model, 2), []
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for turn in range(2):
+        found, found_gradients = run(model, IDS, RIGHT)
+        assert torch.equal(found, scores), turn
+        assert all(torch.equal(found_gradients[name], gradients[name]) for name in gradients), turn
+    assert len(calls) == 1 and cache.num_replayed == 3
+
+
+def causal(kind):
+    torch.manual_seed(0)
+    depth = {"n_layer": 3} if kind == "gpt2" else {"num_hidden_layers": 3}
+    if kind == "gemma3":
+        depth["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    model = tiny_causal_lm(kind, tiny_tokenizer(), **depth)
+    without_dropout(model)
+    config = LoraConfig(
+        r=4,
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "v_proj", "down_proj"],
+        fan_in_fan_out=kind == "gpt2",
+        layers_to_transform=[2],
+        layers_pattern="h" if kind == "gpt2" else "layers",
+        init_lora_weights=False,
+    )
+    model = get_peft_model(model, config).train()
+    count_positions_from_mask(model.get_base_model().base_model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_a_policy_and_its_reference_share_the_layers_and_generation_passes_by(kind):
+    model = causal(kind)
+    assert num_frozen_layers(model) == 2
+    ids, mask = IDS.flip(1), LEFT
+
+    def run():
+        model.zero_grad()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits[mask.bool()].logsumexp(-1).sum().backward()
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        sampled = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        return logits.detach(), reference, grads, sampled
+
+    plain = run()
+    cache = TrunkCache(model, 2)
+    for _ in range(2):
+        found = run()
+        real = mask.bool()
+        assert torch.equal(found[0][real], plain[0][real]) and torch.equal(found[1][real], plain[1][real])
+        assert all(torch.equal(found[2][name], plain[2][name]) for name in plain[2]) and len(plain[2]) > 0
+        assert torch.equal(found[3], plain[3])
+    assert (cache.num_computed, cache.num_replayed) == (3, 9)
+
+
+def test_memory_has_a_limit_and_what_lies_beyond_is_computed():
+    model = causal("llama")
+    limit = 6 * model.config.hidden_size * 4  # the longest text fits, no other one beside it
+    cache = TrunkCache(model, 2, max_bytes=limit)
+    expected = model(input_ids=IDS, attention_mask=RIGHT, use_cache=False).logits
+    assert len(cache.texts) == 1 and cache.nbytes == limit
+    assert torch.equal(model(input_ids=IDS, attention_mask=RIGHT, use_cache=False).logits, expected)
+    assert (cache.num_computed, cache.num_replayed) == (6, 0)
+    with cache.apart():
+        assert not cache.texts
+        model(input_ids=IDS[1:2], attention_mask=RIGHT[1:2], use_cache=False)
+        assert len(cache.texts) == 1
+    assert cache.nbytes == limit

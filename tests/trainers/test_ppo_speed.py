@@ -1,0 +1,157 @@
+"""What makes PPO fast changes no number of it: replayed layers, dense rows, micro-batches by length."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from rlhf_ext.functional.batching import split_by_length
+from rlhf_ext.trainers import ppo_trunk
+from rlhf_ext.trainers.ppo_batches import balance
+from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.trainers.test_ppo_roles import PROMPTS, build, rollout
+
+
+UPPER = {"llama": "layers", "gpt2": "h", "gemma3": "layers"}
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def upper_lora(kind, **kwargs):
+    return LoraConfig(
+        r=4,
+        target_modules=["c_attn", "c_fc"] if kind == "gpt2" else TARGETS,
+        task_type="CAUSAL_LM",
+        layers_to_transform=[1],
+        layers_pattern=UPPER[kind],
+        fan_in_fan_out=kind == "gpt2",
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def reward_adapters(tmp_path_factory):
+    """A reward adapter on the top layer of each kind of base, and the base."""
+    from peft import get_peft_model
+
+    folders = {}
+    for kind in UPPER:
+        folder = tmp_path_factory.mktemp(kind)
+        model = tiny_reward_model(kind, tiny_tokenizer(), seed=0)
+        torch.manual_seed(5)
+        config = upper_lora(kind, modules_to_save=["score"], init_lora_weights=False)
+        config.task_type = "SEQ_CLS"
+        get_peft_model(model, config).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        folders[kind] = str(folder)
+    return folders
+
+
+def trained(tmp_path, kind, reward_adapters, seed=0, **config):
+    torch.manual_seed(seed)
+    trainer = build(
+        tmp_path,
+        tiny_causal_lm(kind, tiny_tokenizer()),
+        kind=kind,
+        peft_config=upper_lora(kind),
+        reward_adapter=reward_adapters[kind],
+        config={"num_iterations": 2, "max_steps": 4, "eval_strategy": "no", **config},
+    )
+    trainer.train()
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return trainer, weights
+
+
+@pytest.mark.parametrize("kind", UPPER)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapters, checkpointing):
+    config = {"gradient_checkpointing": checkpointing}
+    plain, weights = trained(tmp_path, kind, reward_adapters, trunk_cache_gib=0, **config)
+    assert plain.trunk is None
+    found, replayed = trained(tmp_path, kind, reward_adapters, **config)
+    assert found.trunk.num_computed == 8 * 2, "each text of the two rollouts once"
+    assert found.trunk.num_replayed == 8 * 2 * (3 + 2 * 2), "three more passes of the rollout, two of each epoch"
+    for name in weights:
+        torch.testing.assert_close(replayed[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
+    for one, other in zip(found.state.log_history, plain.state.log_history, strict=True):
+        for key in ("loss", "kl", "policy/ratio", "value_loss", "scores/mean", "grad_norm"):
+            if key in other:
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+def test_an_evaluation_leaves_no_texts_and_takes_none_away(tmp_path, reward_adapters):
+    trainer, _ = trained(tmp_path, "llama", reward_adapters)
+    before = dict(trainer.trunk.texts)
+    assert before
+    trainer.model.eval()
+    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
+    assert trainer.trunk.texts.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "config, layers, words",
+    [({"trunk_cache_gib": 1.0}, [0, 1], "lowest layer"), ({"trunk_cache_gib": 0.0}, [1], None)],
+)
+def test_where_it_is_off_the_reason_is_said(tmp_path, monkeypatch, config, layers, words):
+    said = []
+    monkeypatch.setattr(ppo_trunk.logger, "warning", said.append)
+    lora = upper_lora("llama")
+    lora.layers_to_transform = layers
+    trainer = build(
+        tmp_path, peft_config=lora, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()), config=config
+    )
+    assert trainer.trunk is None
+    assert [words in line for line in said] == ([True] if words else [])
+
+
+def test_micro_batches_by_length_have_the_gradient_of_the_others(tmp_path):
+    found = []
+    for balanced in (False, True):
+        trainer = build(
+            tmp_path,
+            reward_funcs=tiny_reward_model("llama", tiny_tokenizer()),
+            config={
+                "per_device_train_batch_size": 2,
+                "steps_per_generation": 4,
+                "gradient_accumulation_steps": 4,
+                "max_steps": 2,
+                "num_iterations": 2,
+                "max_grad_norm": 0.0,
+                "balance_micro_batches": balanced,
+            },
+        )
+        rows = []
+        compute = trainer._compute_loss
+
+        def counted(model, inputs, compute=compute, rows=rows):
+            rows.append(len(inputs["prompt_ids"]))
+            return compute(model, inputs)
+
+        trainer._compute_loss = counted
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append((rows, history, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+    (equal, plain_history, plain), (rows, history, weights) = found
+    assert equal == [2] * 8 and sum(rows) == 16 and len(rows) == 8 and rows != equal
+    for name in plain:
+        torch.testing.assert_close(weights[name], plain[name], rtol=1e-5, atol=1e-6, msg=name)
+    for one, other in zip(history, plain_history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
+
+
+def test_rows_stay_in_their_step_and_whole(tmp_path):
+    trainer = build(tmp_path, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()))
+    batch = rollout(trainer)
+    parts = [{k: v[i : i + 2] if v is not None and v.dim() else v for k, v in batch.items()} for i in (0, 2, 4, 6)]
+    balanced = balance(parts, 2)
+    for step in (0, 1):
+        before, after = parts[2 * step : 2 * step + 2], balanced[2 * step : 2 * step + 2]
+        lengths = [
+            int(p + c)
+            for b in before
+            for p, c in zip(b["prompt_mask"].sum(1), b["completion_mask"].sum(1), strict=True)
+        ]
+        places = split_by_length(lengths, 2)
+        for name in ("prompt_ids", "completion_ids", "advantages", "returns", "values"):
+            rows = torch.cat([b[name] for b in before])
+            for part, found in zip(places, after, strict=True):
+                assert torch.equal(found[name], rows[part]), name
+        assert torch.equal(after[0]["num_items_in_batch"], before[0]["num_items_in_batch"])
