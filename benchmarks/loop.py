@@ -2,7 +2,9 @@
 
     python benchmarks/loop.py --seeds 5 --output_dir runs/loop_arms --result benchmarks/results/loop.json
 
-All arms of a seed have the same SFT policy, prompts, number of labels and number of PPO episodes of the last policy.
+All arms of a seed have the same SFT policy, prompts and number of PPO episodes of the last policy, and ask for the
+same number of labels. The asynchronous arm asks about pairs of its rollouts that differ, and for the rest at its last
+rollout, when no reward model reads them any more; the table says how many were labelled.
 Runs go on where they stopped; the table is made of the seeds of which every arm is finished.
 """
 

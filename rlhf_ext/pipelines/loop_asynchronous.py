@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .loop_run import LoopRun, write_whole
 from .loop_training import fit_reward, reference_samples_of, reward_config, run_ppo
 
 
-REWARDS, QUEUE, ENDED = "rewards", "queue", "policy_ended"
+REWARDS, QUEUE, ENDED, STALE = "rewards", "queue", "policy_ended", "stale_rollouts.json"
 ROUND = 1
 _POLL_SECONDS = 0.5
 _MAX_RESTARTS = 5
@@ -47,7 +47,6 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
     """
     for name in (REWARDS, QUEUE):
         (folder / name).mkdir(exist_ok=True)
-    (folder / ENDED).unlink(missing_ok=True)
     _adopt_first_reward(run, folder)
     processes = {role: _start(run, role) for role in ROLES}
     restarts = dict.fromkeys(ROLES, 0)
@@ -58,8 +57,11 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
                 code = process.poll()
                 if code == 0:
                     del processes[role]
-                elif code is not None and code > 0 or restarts[role] > _MAX_RESTARTS:
-                    raise RuntimeError(f"The process {role!r} of the asynchronous run ended with code {code}.")
+                elif code is not None and (code > 0 or restarts[role] >= _MAX_RESTARTS):
+                    raise RuntimeError(
+                        f"The process {role!r} of the asynchronous run ended with code {code}, after {restarts[role]} "
+                        "restarts. Call again when the cause is gone: it goes on from what is whole."
+                    )
                 elif code is not None:  # killed by a signal
                     restarts[role] += 1
                     print(f"{role} was killed by signal {-code}; it is started again", flush=True)
@@ -72,6 +74,13 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
     with run.open_store() as store:
         rows = list(export_rows(store, pool=pool_of(run)))
         facts = label_facts(run, rows) | agreement_facts(store, pool_of(run))
+        facts |= {"asked": count_asked(run, store), "due": run.args.labels_per_round}
+    if facts["asked"] < facts["due"]:
+        print(
+            f"{facts['asked']} of {facts['due']} comparisons were asked: the rollouts held no more groups of "
+            "completions that differ. Raise the rollout of `ppo`, or lower `labels_per_round`.",
+            flush=True,
+        )
     return {**result, "restarts": restarts, "labels": facts, "reward_versions": newest_version(folder / REWARDS)}
 
 
@@ -80,12 +89,15 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
 
 def train(run: LoopRun, folder: Path) -> None:
     """PPO against the newest reward; every rollout goes into the queue."""
+    if (folder / ENDED).exists():
+        return  # killed after the policy was saved
     with run.open_store() as store:
         reward = NewestReward(
             folder / REWARDS,
             run.tokenizer,
             lambda: count_labels(run, store),
             on_rollout=_rollout_writer(run, folder / QUEUE),
+            record=folder / STALE,
             batch_size=run.args.eval_batch_size,
             device=PartialState().device,
         )
@@ -125,7 +137,8 @@ def fit(run: LoopRun, folder: Path) -> None:
 
 
 def _fit_version(run: LoopRun, store: LabelStore, folder: Path, version: int, samples: Samples | None) -> None:
-    rows = [*run.rows_of(ROUND, "labels"), *export_rows(store, pool=pool_of(run))]
+    # Of the first pool too: it may be labelled further, and its labels count among the new ones.
+    rows = [row for pool in (run.pool(ROUND), pool_of(run)) for row in export_rows(store, pool=pool)]
     labels = sum(row["num_labels"] for row in rows)
     # An adapter starts anew on the base; a full model goes on from the one before.
     last = version_folder(folder / REWARDS, version - 1)
@@ -153,6 +166,11 @@ def count_labels(run: LoopRun, store: LabelStore) -> int:
     return store.progress(pool=run.pool(ROUND)).labels + store.progress(pool=pool_of(run)).labels
 
 
+def count_asked(run: LoopRun, store: LabelStore) -> int:
+    """Comparisons in the store, those asked before the policy started among them."""
+    return store.progress(pool=run.pool(ROUND)).comparisons + store.progress(pool=pool_of(run)).comparisons
+
+
 def newest_reward_folder(run: LoopRun) -> Path:
     """The reward model that the finished policy was trained by last."""
     rewards = run.step(ROUND, "policy") / REWARDS
@@ -174,9 +192,16 @@ def _adopt_first_reward(run: LoopRun, folder: Path) -> None:
 
 def _rollout_writer(run: LoopRun, queue: Path) -> Callable[..., None]:
     """Writes groups of completions of one prompt, with how far training is."""
-    size = run.args.num_candidates
+    size, steps = run.args.num_candidates, run.ppo.optimizer_steps_per_rollout
 
-    def write(prompts: list, completions: list, completion_ids: list, trainer_state: Any, **kwargs: Any) -> None:
+    def write(
+        prompts: list,
+        completions: list,
+        completion_ids: list,
+        trainer_state: Any,
+        eos_token_ids: Collection[int],
+        **kwargs: Any,
+    ) -> None:
         _check_parent()
         step = trainer_state.global_step
         rows = []
@@ -190,12 +215,13 @@ def _rollout_writer(run: LoopRun, queue: Path) -> Callable[..., None]:
                     "prompt": prompts[start],
                     "completions": [_joined(run, prompts[start], text) for text in completions[group]],
                     "policies": [f"step_{step}"] * size,
-                    "truncated": [row[-1] != run.tokenizer.eos_token_id for row in ids],
+                    "truncated": [not row or row[-1] not in eos_token_ids for row in ids],
                     "extra": {"step": step},
                 }
             )
-        share = step / max(trainer_state.max_steps, 1)
-        write_whole(queue / f"{step:08d}.json", json.dumps({"share": min(share, 1.0), "rows": rows}))
+        # The last rollout asks for all that is left: none comes after it.
+        share = 1.0 if step + steps >= trainer_state.max_steps else step / trainer_state.max_steps
+        write_whole(queue / f"{step:08d}.json", json.dumps({"share": share, "rows": rows}))
 
     return write
 
@@ -214,7 +240,7 @@ def _ask(run: LoopRun, store: LabelStore, path: Path) -> None:
     total = run.args.labels_per_round
     # Labels that are due, in comparisons; those asked before the policy started count among them.
     due = labels_due(rollout["share"], total=total, initial_share=run.args.initial_label_share)
-    asked = store.progress(pool=run.pool(ROUND)).comparisons + store.progress(pool=pool_of(run)).comparisons
+    asked = count_asked(run, store)
     rows = [row for row in rollout["rows"] if any(text != row["completions"][0] for text in row["completions"])]
     count = min(max(round(due) - asked, 0), len(rows))
     chosen = random.Random(f"{run.args.seed} {path.name}").sample(rows, count)

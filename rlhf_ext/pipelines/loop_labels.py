@@ -49,7 +49,8 @@ def add_comparisons(run: LoopRun, store: LabelStore, pool: str, rows: list[dict[
             NewComparison(
                 row["prompt"],
                 [
-                    Candidate(text, policy, sampling, truncated=cut)
+                    # Of an empty text nothing is left that was cut, and the store refuses it.
+                    Candidate(text, policy, sampling, truncated=cut and bool(text))
                     for text, policy, cut in zip(row["completions"], row["policies"], row["truncated"], strict=True)
                 ],
                 overlap=run.args.overlap,

@@ -18,6 +18,7 @@ from ..data.loading import load_rows, require_columns
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_tokenizer
 from ..feedback.store import LabelStore
+from ..trainers.ppo_config import PPOConfig
 from .finished_runs import digest_of, run_once
 
 
@@ -157,15 +158,20 @@ class LoopRun:
         tokenizer.padding_side = "left"
         return tokenizer
 
+    @cached_property
+    def ppo(self) -> PPOConfig:
+        """PPO's arguments with their defaults, to be read; a step's own come from `loop_training.ppo_config`."""
+        return PPOConfig(**{"output_dir": str(self.folder), "report_to": "none", **self.args.ppo})
+
     @property
     def temperature(self) -> float:
         """Of all sampling: the policy is labelled and measured as it is trained."""
-        return float(self.args.ppo.get("temperature", 1.0))
+        return self.ppo.temperature
 
     @property
     def max_completion_length(self) -> int:
         """Of all sampling, in tokens."""
-        return int(self.args.ppo.get("max_completion_length", 256))
+        return self.ppo.max_completion_length
 
     def open_store(self) -> LabelStore:
         """The label store of the run."""

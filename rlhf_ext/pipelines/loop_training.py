@@ -65,7 +65,12 @@ def fit_reward(
         normalize_before(trainer, samples, scale=scale)
     result = trainer.train(resume_from_checkpoint=has_checkpoint(folder))
     trainer.save_model(str(folder))
-    found: dict[str, Any] = {"rows": len(rows), "train_loss": result.metrics["train_loss"], "accuracy": None}
+    found: dict[str, Any] = {
+        "rows": len(rows),
+        "held_out_rows": 0 if held_out is None else len(held_out),
+        "train_loss": result.metrics["train_loss"],
+        "accuracy": None,
+    }
     if held_out is not None:
         found |= score_rows(trainer, trainer.eval_dataset).summary()
     if samples is not None:
@@ -202,8 +207,10 @@ def _split(run: LoopRun, rows: Dataset) -> tuple[Dataset, Dataset | None]:
     if run.args.reward_eval_fraction == 0.0:
         return rows, None
     try:
-        return holdout_by_prompt(rows, run.args.reward_eval_fraction, run.args.seed)
-    except ValueError:  # so few prompts that the hash holds none of them out, or all: better no accuracy than no run
+        # A salt of its own: by the salt of `eval_fraction`, the prompts that hash lowest were all held out before.
+        return holdout_by_prompt(rows, run.args.reward_eval_fraction, run.seed(0, "reward"))
+    except ValueError as error:  # better no accuracy than no run
+        print(f"The reward model has no held-out accuracy: of `reward_eval_fraction`, {error}", flush=True)
         return rows, None
 
 

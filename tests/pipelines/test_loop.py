@@ -21,6 +21,8 @@ from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
 from rlhf_ext.pipelines.loop_report import write_loop_report
 from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
+from rlhf_ext.pipelines.loop_training import _split
+from rlhf_ext.trainers.ppo_config import PPOConfig
 from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
 
 
@@ -161,6 +163,23 @@ def test_prompts_are_chosen_by_the_flags_of_every_recipe(tmp_path, sft, prompts)
     assert [row["prompt"] for row in run.eval_prompts] == [f"w{2 * i} the cat" for i in range(7)]
     run = LoopRun(*arguments(tmp_path / "run", sft, prompts, eval_dataset_name=str(tmp_path / "test.jsonl")))
     assert len(run.train_prompts) == 48 and len(run.eval_prompts) == 20
+
+
+def test_at_the_defaults_the_reward_model_has_held_out_rows_and_sampling_is_as_in_ppo(tmp_path, sft, capsys):
+    rows = [{"prompt": f"question number {place}?"} for place in range(400)]
+    Dataset.from_list(rows).to_json(tmp_path / "many.jsonl")
+    args = LoopArguments(
+        output_dir=str(tmp_path / "run"),
+        dataset_name=str(tmp_path / "many.jsonl"),
+        ppo={"use_cpu": True, "bf16": False},
+    )
+    run = LoopRun(args, ModelConfig(model_name_or_path=sft))
+    kept, held = _split(run, Dataset.from_list(run.train_prompts))
+    assert 0 < len(held) < 0.15 * len(kept)
+    assert _split(run, kept.select([0]))[1] is None
+    assert "no held-out accuracy" in capsys.readouterr().out
+    assert run.max_completion_length == PPOConfig.max_completion_length
+    assert run.temperature == PPOConfig.temperature
 
 
 class Killed(BaseException):

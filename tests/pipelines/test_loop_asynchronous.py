@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,10 +13,11 @@ import torch
 
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.models.newest_reward import NewestReward, newest_version, version_folder
-from rlhf_ext.pipelines import loop
+from rlhf_ext.pipelines import loop, loop_asynchronous
 from rlhf_ext.pipelines.finished_runs import read_run
+from rlhf_ext.pipelines.loop_labels import add_comparisons
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import read_jsonl
+from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
 from tests.pipelines.test_loop import PPO, arguments, goodness, prompts, sft  # noqa: F401 (fixtures)
 from tests.tiny import tiny_reward_model, tiny_tokenizer
 
@@ -95,6 +97,7 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, m
     with LabelStore(folder / "labels.db") as store:
         initial, later = (store.progress(pool=pool) for pool in ("run/round-1", "run/round-1-asynchronous"))
     assert initial.comparisons == 6 and initial.comparisons + later.comparisons <= 24
+    assert result["labels"]["asked"] == initial.comparisons + later.comparisons and result["labels"]["due"] == 24
     assert later.labels == later.comparisons > 0, "every comparison that was asked has its label, once"
     history = result["history"]
     assert [entry["step"] for entry in history] == list(range(1, 25)), "the killed policy went on from its checkpoint"
@@ -124,7 +127,8 @@ def test_a_rollout_is_scored_by_the_newest_whole_model_and_staleness_is_counted(
         NewestReward(tmp_path, tokenizer, lambda: 0)
     save(1, 10, seed=0)
     count = {"labels": 10}
-    reward = NewestReward(tmp_path, tokenizer, lambda: count["labels"])
+    record = tmp_path / "stale.json"
+    reward = NewestReward(tmp_path, tokenizer, lambda: count["labels"], record=record)
     asked = {
         "prompts": ["the cat"],
         "completions": [" sat"],
@@ -140,6 +144,87 @@ def test_a_rollout_is_scored_by_the_newest_whole_model_and_staleness_is_counted(
     (version_folder(tmp_path, 2) / "run.json").write_text(json.dumps({"settings": {}, "result": {"labels": 13}}))
     assert reward(**asked) != first
     assert logged == {"reward_version": 2.0, "labels_behind": 0.0, "stale_rollouts": 1.0}
+    # Killed and started again, from a checkpoint: what is repeated counts once.
+    count["labels"] = 14
+    for step in (1, 2, 3):
+        reward(**asked, trainer_state=SimpleNamespace(global_step=step))
+    again = NewestReward(tmp_path, tokenizer, lambda: count["labels"], record=record)
+    assert again.stale_rollouts == reward.stale_rollouts == 4
+    again(**asked, trainer_state=SimpleNamespace(global_step=2))
+    assert again.stale_rollouts == 3
+    # Every id that ends an answer reaches the model that scores, and who writes the rollout down.
+    seen = {}
+    again.on_rollout = lambda **kwargs: seen.update(kwargs)
+    again.eos_token_ids = {1, 7}
+    again(**asked)
+    assert again.reward.eos_token_ids == {1, 7} == seen["eos_token_ids"]
+
+
+def asynchronous(folder, sft, prompts, **kwargs):  # noqa: F811
+    given = {"asynchronous": True, "num_rounds": 1, "ppo": {**PPO, "num_generations": 2}, **kwargs}
+    run = LoopRun(*arguments(folder, sft, prompts, **given))
+    (run.step(1, "policy") / loop_asynchronous.REWARDS).mkdir(parents=True)
+    return run, run.step(1, "policy")
+
+
+def test_a_rollout_is_written_with_its_ends_and_the_last_one_asks_for_the_rest(tmp_path, sft, prompts):  # noqa: F811
+    run, folder = asynchronous(tmp_path / "run", sft, prompts, labels_per_round=8)
+    write = loop_asynchronous._rollout_writer(run, folder)
+    for step in (2, 3):
+        write(
+            prompts=["the cat"] * 4,
+            completions=["sat", "ran", "good", ""],
+            completion_ids=[[8, 9], [8, 7], [8, 1], []],
+            eos_token_ids={1, 7},
+            trainer_state=SimpleNamespace(global_step=step, max_steps=4),
+        )
+    rollouts = [json.loads((folder / f"{step:08d}.json").read_text()) for step in (2, 3)]
+    assert [row["truncated"] for row in rollouts[0]["rows"]] == [[True, False], [False, True]]
+    assert [rollout["share"] for rollout in rollouts] == [0.5, 1.0], "the last rollout starts before the last step"
+    with run.open_store() as store:
+        loop_asynchronous._ask(run, store, folder / "00000003.json")
+        assert loop_asynchronous.count_asked(run, store) == 2
+
+
+def test_labels_that_arrive_late_in_the_first_pool_are_read_once(tmp_path, sft, prompts, monkeypatch):  # noqa: F811
+    run, folder = asynchronous(tmp_path / "run", sft, prompts, labels="people", label_share=0.5, refit_labels=2)
+    first = version_folder(folder / loop_asynchronous.REWARDS, 1)
+    first.mkdir()
+    (first / "run.json").write_text(json.dumps({"settings": {}, "result": {"labels": 1}}))
+    (run.step(1, "labels")).mkdir(parents=True)
+    (run.step(1, "labels") / "rows.jsonl").write_text("")  # as it was when half of it was labelled
+    row = {"completions": ["sat", "ran"], "policies": ["sft", "sft"], "truncated": [False, False]}
+    with run.open_store() as store:
+        add_comparisons(run, store, run.pool(1), [{"prompt": f"w{place}", **row} for place in range(4)])
+        while (task := store.claim("ann")) is not None:
+            store.submit("ann", task.comparison_id, "best", 0)
+    reads = []
+    monkeypatch.setattr(loop_asynchronous, "fit_reward", lambda *args: reads.append(len(args[3])) or {})
+    waited = iter([None, None, (folder / loop_asynchronous.ENDED).touch])
+    monkeypatch.setattr(loop_asynchronous, "_wait", lambda: (next(waited) or (lambda: None))())
+    loop_asynchronous.fit(run, folder)
+    assert reads == [4], "fitted again and again without a new label"
+
+
+def test_a_policy_that_has_ended_is_not_trained_again_and_restarts_end(tmp_path, sft, prompts, monkeypatch):  # noqa: F811
+    run, folder = asynchronous(tmp_path / "run", sft, prompts)
+    (folder / loop_asynchronous.ENDED).write_text("{}")
+    monkeypatch.setattr(loop_asynchronous, "run_ppo", lambda *args, **kwargs: pytest.fail("PPO trains again"))
+    monkeypatch.setattr(loop_asynchronous, "_adopt_first_reward", lambda *args: None)
+    monkeypatch.setattr(loop_asynchronous, "_POLL_SECONDS", 0)
+    loop_asynchronous.train(run, folder)
+    started = []
+
+    def start(run, role):
+        started.append(role)
+        killed = -9 if role == "policy" and started.count(role) <= 6 else None
+        return SimpleNamespace(poll=lambda: killed, kill=lambda: None, wait=lambda: None)
+
+    monkeypatch.setattr(loop_asynchronous, "_start", start)
+    with pytest.raises(RuntimeError, match="'policy' .* ended with code -9, after 5 restarts"):
+        loop_asynchronous.train_asynchronously(run, 1, folder)
+    assert started.count("policy") == 6
+    assert (folder / loop_asynchronous.ENDED).exists()
 
 
 def test_comparisons_need_groups_in_a_rollout(tmp_path, sft, prompts):  # noqa: F811
