@@ -199,11 +199,16 @@ def test_labels_that_arrive_late_in_the_first_pool_are_read_once(tmp_path, sft, 
         while (task := store.claim("ann")) is not None:
             store.submit("ann", task.comparison_id, "best", 0)
     reads = []
-    monkeypatch.setattr(loop_asynchronous, "fit_reward", lambda *args: reads.append(len(args[3])) or {})
+
+    def fitted(run, start, args, rows, samples):
+        assert len(reads) < 3, "fitted again and again without a new label"
+        return reads.append(len(rows)) or {}
+
+    monkeypatch.setattr(loop_asynchronous, "fit_reward", fitted)
     waited = iter([None, None, (folder / loop_asynchronous.ENDED).touch])
     monkeypatch.setattr(loop_asynchronous, "_wait", lambda: (next(waited) or (lambda: None))())
     loop_asynchronous.fit(run, folder)
-    assert reads == [4], "fitted again and again without a new label"
+    assert reads == [4]
 
 
 def test_a_policy_that_has_ended_is_not_trained_again_and_restarts_end(tmp_path, sft, prompts, monkeypatch):  # noqa: F811
