@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.texts import text_of
 from .judge import AIJudge
 from .records import LabelRefused, Task
 from .simulated import SimulatedLabeller
@@ -103,12 +104,3 @@ def judged(judge: AIJudge) -> Annotator:
         return [("target", [p, 1.0 - p]) for p in verdicts.targets]
 
     return answer
-
-
-def text_of(value: Any) -> str:
-    """A prompt or completion to be read: messages with their roles, the last one alone without."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if len(value) == 1 and value[0]["role"] == "assistant":
-        return value[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in value)

@@ -8,11 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that was cut while it was written is left out."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+from ..data.jsonl import read_jsonl
 
 
 def write_in_chunks(
@@ -32,7 +28,7 @@ def write_in_chunks(
         make (`Callable`):
             Gets a chunk and its number, and returns its rows. What it draws at random depends on these alone.
     """
-    rows = read_rows(path) if path.exists() else []
+    rows = read_jsonl(path, may_be_cut=True) if path.exists() else []
     kept = len(inputs) if len(rows) == len(inputs) else len(rows) // chunk_size * chunk_size
     rows = rows[:kept]
     aside = path.with_name(f"_unfinished_{path.name}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .chunked_rows import read_rows
+from ..data.jsonl import read_jsonl
 from .constitution_evaluation import SAMPLES
 from .constitution_texts import ROWS, TRANSCRIPTS
 from .report_page import page, plots, table
@@ -47,9 +47,11 @@ def write_constitution_report(folder: Path, found: dict[str, Any], num_shown: in
         rows = [[text, _number(found["toy"][key])] for key, text in JUDGE.items()]
         sections += ["<h2>The judge against the truth</h2>", table(["", "judge"], rows)]
     sections += ["<h2>PPO</h2>", _curves(found["policy"]["history"])]
-    sections += _browse("Answers and revisions", read_rows(folder / "revisions" / TRANSCRIPTS), num_shown, _transcript)
-    sections += _browse("Pairs and labels", read_rows(folder / "labels" / ROWS), num_shown, _pair)
-    sections += _browse("Samples of the policies", read_rows(folder / "evaluation" / SAMPLES), num_shown, _samples)
+    sections += _browse(
+        "Answers and revisions", read_jsonl(folder / "revisions" / TRANSCRIPTS), num_shown, _transcript
+    )
+    sections += _browse("Pairs and labels", read_jsonl(folder / "labels" / ROWS), num_shown, _pair)
+    sections += _browse("Samples of the policies", read_jsonl(folder / "evaluation" / SAMPLES), num_shown, _samples)
     path = folder / "report.html"
     aside = folder / "_unfinished_report.html"
     aside.write_text(page("Constitutional AI", "\n".join(sections)), encoding="utf-8")

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 
 from ..data.constitution_arguments import ConstitutionArguments
+from ..data.jsonl import read_jsonl
 from ..data.prompts import check_tokenizer
 from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
@@ -18,7 +19,7 @@ from ..models.base_quantization import QUANTIZATION_FILE, as_loading_option, rea
 from ..models.build import load_policy
 from ..models.generation import end_token_ids, sample_completions
 from ..models.hub import check_model_name, find_file
-from .chunked_rows import read_rows, write_in_chunks
+from .chunked_rows import write_in_chunks
 
 
 ROWS, TRANSCRIPTS = "rows.jsonl", "transcripts.jsonl"
@@ -129,7 +130,7 @@ def write_revisions(
         return [transcript.row() for transcript in reviser.revise(prompts, answers)]
 
     rows = write_in_chunks(
-        folder / TRANSCRIPTS, read_rows(responses), make, chunk_size=args.chunk_size, title="revisions"
+        folder / TRANSCRIPTS, read_jsonl(responses), make, chunk_size=args.chunk_size, title="revisions"
     )
     last = [row["rounds"][-1]["revision"].strip() for row in rows]
     changed = [text != row["answer"].strip() for text, row in zip(last, rows, strict=True)]

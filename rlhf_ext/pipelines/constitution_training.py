@@ -11,6 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from ..data.constitution_arguments import TRAINERS, ConstitutionArguments
 from ..data.evaluation_rows import evaluation_rows
+from ..data.jsonl import read_jsonl
 from ..data.loading import load_rows, require_columns
 from ..models.base_quantization import save_base_quantization
 from ..models.checkpoints import CompleteCheckpointMixin
@@ -19,7 +20,6 @@ from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_trainer import PreferenceRewardTrainer
-from .chunked_rows import read_rows
 from .constitution_texts import as_completion, as_prompt
 from .finished_runs import has_checkpoint
 
@@ -98,7 +98,7 @@ def train_sft(folder: Path, training: Training, model: str, transcripts: Path) -
             "prompt": as_prompt(row["prompt"], as_messages),
             "completion": as_completion(row["prompt"], row["rounds"][-1]["revision"], as_messages),
         }
-        for row in read_rows(transcripts)
+        for row in read_jsonl(transcripts)
         if row["rounds"][-1]["revision"].strip()
     ]
     if not rows:
@@ -129,7 +129,7 @@ def train_reward(folder: Path, training: Training, model: str, labels: Path) -> 
             "completions": [as_completion(row["prompt"], text, args.as_messages) for text in row["completions"]],
             "target": row["target"],
         }
-        for row in read_rows(labels)
+        for row in read_jsonl(labels)
         if len(set(row["completions"])) > 1  # equal answers teach nothing
     ]
     if not judged:

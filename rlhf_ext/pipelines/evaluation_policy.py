@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..data.prompts import check_prompts, check_tokenizer
+from ..data.texts import text_of
 from ..feedback.constitution import Principle
 from ..feedback.judge import AIJudge
 from ..functional.clusters import grouped_standard_error
@@ -236,7 +237,7 @@ def wins_by_judge(
     """
     firsts = range(0, len(policy.samples.texts), policy.num_samples)
     verdicts = judge.compare(
-        [as_text(policy.samples.prompts[place]) for place in firsts],
+        [text_of(policy.samples.prompts[place]) for place in firsts],
         [policy.samples.texts[place] for place in firsts],
         [baseline.samples.texts[place] for place in firsts],
         progress=progress,
@@ -244,11 +245,6 @@ def wins_by_judge(
     wins, swapped = verdicts.first_as_a.mean(dim=1), 1 - verdicts.second_as_a.mean(dim=1)
     decided = win_rate((1 + torch.sign((wins + swapped) / 2 - 0.5)) / 2)["win_rate"]
     return win_rate(wins, swapped=swapped) | {"decided": decided}
-
-
-def as_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt to be read: messages with their roles."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..data.texts import text_of
 from ..functional.diversity import best_of_n_kl, reward_kl_frontier
 from . import report_page
-from .evaluation_policy import PolicyEvaluation, as_text
+from .evaluation_policy import PolicyEvaluation
 
 
 PAIR_COLUMNS = ("pairs", "prompts", "accuracy", "decisive", "always longer", "without length", "r(score, length)")
@@ -256,7 +257,7 @@ def _samples(policy: PolicyEvaluation, baseline: PolicyEvaluation | None, num_sh
         header += [e.name] + ([f"score by {name}"] if name else [])
     rows = []
     for place in range(0, len(policy.samples.texts), policy.num_samples):
-        row = [as_text(policy.samples.prompts[place])]
+        row = [text_of(policy.samples.prompts[place])]
         for e in shown:
             row += [e.samples.texts[place]] + ([_n(e.scores[name][place])] if name else [])
         rows.append(row)

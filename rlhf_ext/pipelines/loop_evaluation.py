@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.functions import import_function
+from ..data.jsonl import read_jsonl
 from ..models.generation import Samples, completion_text
 from .evaluation_policy import (
     PolicyEvaluation,
@@ -17,7 +18,7 @@ from .evaluation_policy import (
 from .evaluation_scorers import Scorer, load_scorer
 from .loop_asynchronous import newest_reward_folder
 from .loop_policies import Policies
-from .loop_run import SFT, LoopRun, read_jsonl, write_jsonl
+from .loop_run import SFT, LoopRun, write_jsonl
 from .loop_samples import as_completion
 from .loop_training import probe_names
 

@@ -1,10 +1,11 @@
 """What a run of the loop left on disk, read as JSON alone: no model and no torch, so that a page takes a second."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..data.jsonl import parse_json, read_jsonl
 
 
 STEPS = ("samples", "selection", "labels", "reward", "policy", "evaluation")
@@ -30,7 +31,7 @@ class StepRecord:
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a file of the step; none where it is not finished or has no such file."""
         path = self.folder / name
-        return read_rows(path) if self.state == "finished" and path.exists() else []
+        return read_jsonl(path) if self.state == "finished" and path.exists() else []
 
 
 @dataclass
@@ -98,37 +99,9 @@ def read_loop(folder: str | Path) -> LoopRecord:
     return LoopRecord(folder, settings, rounds)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """
-    Rows of a JSONL file.
-
-    Raises:
-        ValueError: a line is no JSON object; file and line are named.
-    """
-    rows = []
-    # Not `splitlines`, which also breaks at characters that a text may hold.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            row = _parse(line, f"line {number} of {str(path)!r}")
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {str(path)!r} is no JSON object. Restore the file, or its step.")
-            rows.append(row)
-    return rows
-
-
 def is_number(value: Any) -> bool:
     """Whether a value can be plotted; `null`, NaN and infinity cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def text_of(text: Any) -> str:
-    """A prompt or completion to be read: a lone answer as its text, messages with their roles."""
-    if not isinstance(text, list):
-        return "" if text is None else str(text)
-    turns = [turn if isinstance(turn, dict) else {"content": turn} for turn in text]
-    if len(turns) == 1 and turns[0].get("role") in ("assistant", None):
-        return str(turns[0].get("content"))
-    return "\n\n".join(f"{turn.get('role', '?')}: {turn.get('content')}" for turn in turns)
 
 
 def _read_step(folder: Path, number: int, name: str, seconds: Any) -> StepRecord:
@@ -142,14 +115,4 @@ def _read_step(folder: Path, number: int, name: str, seconds: Any) -> StepRecord
 
 
 def _read_dict(path: Path) -> dict[str, Any]:
-    value = _parse(path.read_bytes(), repr(str(path)))
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object. Restore it, or remove its folder.")
-    return value
-
-
-def _parse(text: bytes, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:  # also bytes that are no text
-        raise ValueError(f"{what} is broken JSON ({error}). Restore the file, or remove its step.") from error
+    return parse_json(path.read_bytes(), repr(str(path)))

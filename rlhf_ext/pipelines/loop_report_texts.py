@@ -3,7 +3,8 @@
 import html
 from typing import Any
 
-from .loop_record import LoopRecord, is_number, text_of
+from ..data.texts import text_of
+from .loop_record import LoopRecord, is_number
 
 
 NUM_PROMPTS = 8

@@ -10,10 +10,11 @@ from peft import PeftConfig
 from trl import ModelConfig
 
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.constitution import load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge, Verdicts
 from rlhf_ext.pipelines import constitution, constitution_texts, constitution_training
-from rlhf_ext.pipelines.chunked_rows import read_rows, write_in_chunks
+from rlhf_ext.pipelines.chunked_rows import write_in_chunks
 from rlhf_ext.pipelines.constitution import run_constitution
 from rlhf_ext.pipelines.constitution_evaluation import NAMES
 from rlhf_ext.pipelines.constitution_report import write_constitution_report
@@ -104,10 +105,10 @@ def weights(folder) -> bytes:
 def test_every_step_keeps_what_it_made(whole, world):
     folder, found = whole
     assert tuple(found) == STEPS
-    red = [row["prompt"] for row in read_rows_of(world / "red.jsonl")]
-    answers = read_rows(folder / "responses" / "rows.jsonl")
-    transcripts = read_rows(folder / "revisions" / "transcripts.jsonl")
-    labels = read_rows(folder / "labels" / "rows.jsonl")
+    red = [row["prompt"] for row in read_jsonl(world / "red.jsonl")]
+    answers = read_jsonl(folder / "responses" / "rows.jsonl")
+    transcripts = read_jsonl(folder / "revisions" / "transcripts.jsonl")
+    labels = read_jsonl(folder / "labels" / "rows.jsonl")
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in labels] == red
     names = {principle.name for principle in load_constitution(PRINCIPLES)}
     for row in transcripts:
@@ -134,10 +135,6 @@ def test_every_step_keeps_what_it_made(whole, world):
     assert "<script" not in html and "default-src 'none'" in html
     for text in (transcripts[0]["rounds"][1]["critique"], labels[2]["completions"][1], labels[0]["principles"][1]):
         assert text in html
-
-
-def read_rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_finished_run_repeats_nothing(whole, world, monkeypatch):
@@ -173,7 +170,7 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
     with pytest.raises(Killed):
         run_constitution(options(world, output), model(world))
     half = output / "_unfinished_labels" / "rows.jsonl"
-    assert len(read_rows(half)) == 4 and not (output / "labels").exists()
+    assert len(read_jsonl(half)) == 4 and not (output / "labels").exists()
     with open(half, "a") as file:
         file.write('{"prompt": "a line that was cu')
 
@@ -216,7 +213,7 @@ def test_chunks_are_made_once(tmp_path):
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:5])
     assert write_in_chunks(tmp_path / "rows.jsonl", range(5), make, chunk_size=2, title="") == first
-    assert made == [0, 1, 2, 1, 2] and read_rows(tmp_path / "rows.jsonl") == first
+    assert made == [0, 1, 2, 1, 2] and read_jsonl(tmp_path / "rows.jsonl") == first
 
 
 def test_adapters_on_a_quantised_base_and_messages(world, tmp_path):
@@ -240,7 +237,7 @@ def test_adapters_on_a_quantised_base_and_messages(world, tmp_path):
         assert config.base_model_name_or_path == f"{world}/chat"
         assert (tmp_path / "out" / name / "base_quantization.json").exists(), name
     assert found["evaluation"]["policies"]["rl-cai"]["kl"] != 0
-    assert all(0 < p < 1 for row in read_rows(tmp_path / "out" / "labels" / "rows.jsonl") for p in row["first_as_a"])
+    assert all(0 < p < 1 for row in read_jsonl(tmp_path / "out" / "labels" / "rows.jsonl") for p in row["first_as_a"])
 
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -251,7 +248,7 @@ def test_hostile_text_is_inert(whole, tmp_path):
     for name in ("revisions/transcripts", "labels/rows", "evaluation/samples"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps(poisoned(row)) + "\n" for row in read_rows(folder / f"{name}.jsonl"))
+            "".join(json.dumps(poisoned(row)) + "\n" for row in read_jsonl(folder / f"{name}.jsonl"))
         )
     html = write_constitution_report(tmp_path, found, 8, NAMES).read_text()
     assert "<script" not in html and "<img src=x" not in html and "onerror=alert(2)&gt;" in html
@@ -352,7 +349,7 @@ def test_trainers_get_the_last_revision_the_soft_labels_and_all_prompts(world, t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Caught):
         train_sft(tmp_path, training, home, path)
-    helpful = read_rows_of(world / "rows.jsonl")
+    helpful = read_jsonl(world / "rows.jsonl")
     assert caught["train_dataset"].to_list() == [{"prompt": "p ?", "completion": " last"}, *helpful]
     assert caught["model"] == home
     rows = [
@@ -364,7 +361,7 @@ def test_trainers_get_the_last_revision_the_soft_labels_and_all_prompts(world, t
         train_reward(tmp_path, training, home, path)
     first, *people = caught["train_dataset"].to_list()
     assert first == {"prompt": "p ?", "completions": [" one", " two"], "target": [0.7, 0.3]}
-    pairs = read_rows_of(world / "pairs.jsonl")
+    pairs = read_jsonl(world / "pairs.jsonl")
     assert [row["completions"] for row in people] == [[row["chosen"], row["rejected"]] for row in pairs]
     assert all(row["target"] == [1.0, 0.0] for row in people)
     with pytest.raises(Caught):
@@ -391,6 +388,6 @@ def test_a_label_speaks_of_the_first_answer(world, tmp_path, monkeypatch):
     monkeypatch.setattr(constitution_texts, "sample", lambda args, m, t, prompts, **_: [texts[p] for p in prompts])
     args, loading = options(world, tmp_path), Loading(torch.device("cpu"))
     found = write_labels(tmp_path, args, loading, f"{world}/model", f"{world}/model", [], ["a", "b"], None)
-    rows = read_rows(tmp_path / "rows.jsonl")
+    rows = read_jsonl(tmp_path / "rows.jsonl")
     assert [(row["completions"], row["target"]) for row in rows] == [(texts["a"], [1, 0]), (texts["b"], [0, 1])]
     assert found["label_entropy"] == 0 and found["certainty"] == 1 and found["swap_disagreement"] == 0

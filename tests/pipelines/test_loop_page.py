@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.pipelines import loop
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
-from rlhf_ext.pipelines.loop_run import read_jsonl
 from tests.feedback.test_page_browser import (  # noqa: F401 (fixtures, and the skip without a browser)
     browser,
     page_of,
