@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
 from .base_quantization import QUANTIZATION_FILE, without_cpu_packing
-from .hub import find_file, is_inside_repo, local_folder
+from .hub import check_safetensors, find_file, is_inside_repo, local_folder
 from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, ScalarHead, base_of, bind_roles
 from .score_wrappers import parts_of, unit_of
 from .scoring import (
@@ -49,15 +49,17 @@ def load_policy(path: str, *, trust_remote_code: bool = False, in_pieces: bool =
             `quantization_config`, ...
 
     Raises:
-        ValueError: an adapter without a safetensors file.
+        ValueError: the weights, those of an adapter's base too, are in no safetensors file.
     """
     kwargs.setdefault("dtype", torch.float32)
+    kwargs["use_safetensors"] = True
     revision = kwargs.get("revision")
+    if not {"gguf_file", "subfolder", "variant"} & kwargs.keys():  # whose files have other names
+        check_safetensors(path, "model path", revision)
     if find_file(path, "adapter_config.json", revision) is not None:
-        if find_file(path, "adapter_model.safetensors", revision) is None:
-            raise ValueError(
-                f"{path!r} has no adapter_model.safetensors, the only format that is read. Save it again."
-            )
+        base = PeftConfig.from_pretrained(path, revision=revision)
+        if base.base_model_name_or_path:
+            check_safetensors(base.base_model_name_or_path, f"base of the adapter {path!r}", base.revision)
         if "quantization_config" not in kwargs and find_file(path, QUANTIZATION_FILE, revision) is not None:
             logger.warning(
                 f"{path!r} was trained on a quantised base (see its {QUANTIZATION_FILE}) and is now loaded on the "

@@ -12,6 +12,8 @@ from transformers.utils import cached_file
 
 # What a model, an adapter or a tokenizer is made of. No pickles: only safetensors files are read.
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES, _ADAPTER_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json"), ("adapter_model.bin",)
 
 
 def is_inside_repo(name: str) -> bool:
@@ -68,6 +70,39 @@ def find_file(path: str, name: str, revision: str | None = None) -> str | None:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def has_safetensors(path: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint has weights in a safetensors file, or an index of such files."""
+    return any(find_file(path, name, revision) is not None for name in _WEIGHTS)
+
+
+def check_safetensors(path: str, field: str, revision: str | None = None) -> None:
+    """Refuse a full model, or an adapter, whose weights are in no safetensors file.
+
+    Args:
+        path (`str`): Folder, or id on the Hub.
+        field (`str`): The argument that gave it, for the message.
+
+    Raises:
+        ValueError: naming the file of another format that holds them, and how to convert it.
+    """
+    adapter = find_file(path, "adapter_config.json", revision) is not None
+    if has_safetensors(path, revision) and not adapter:
+        return
+    if adapter and find_file(path, "adapter_model.safetensors", revision) is not None:
+        return
+    found = [name for name in (_ADAPTER_PICKLES if adapter else _PICKLES) if find_file(path, name, revision)]
+    if not found:
+        wanted = "adapter_model.safetensors" if adapter else f"{_WEIGHTS[0]} (or {_WEIGHTS[1]})"
+        raise ValueError(f"{field}={path!r} has no weights, no {wanted}. Save it again.")
+    loader = "peft.AutoPeftModel" if adapter else "transformers.AutoModel"
+    raise ValueError(
+        f"{field}={path!r} has its weights in {found[0]}, a pickle, which may run code when it is loaded; only "
+        f"safetensors files are read. If you trust it, convert it: `{loader}ForCausalLM.from_pretrained({path!r})"
+        ".save_pretrained(FOLDER)` (another class for another kind of model), save its tokenizer there too, and give "
+        "FOLDER."
     )
 
 

@@ -227,12 +227,6 @@ def _load_adapter(
     return PeftModel.from_pretrained(base, path, is_trainable=False), head
 
 
-def has_safetensors(path: str, revision: str | None = None) -> bool:
-    """Whether a checkpoint has weights in a safetensors file, or an index of such files."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any(find_file(path, name, revision) is not None for name in names)
-
-
 def read_head(path: str, revision: str | None = None, name: str = "score") -> dict[str, torch.Tensor]:
     """The parameters of the head `name` in a checkpoint: one file, shards or an adapter."""
     index = find_file(path, "model.safetensors.index.json", revision)

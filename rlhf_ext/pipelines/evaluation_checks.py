@@ -12,16 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.evaluation_arguments import EvaluationArguments
 from ..data.evaluation_rows import parse_source_map
+from ..data.texts import text_of
 from ..feedback.judge import AIJudge
 from ..models.build import shortest_context
 from ..models.ensembles import ENSEMBLE_FILE, is_reward_ensemble
-from ..models.hub import check_model_name, find_file, is_inside_repo, local_folder
+from ..models.hub import check_model_name, check_safetensors, find_file, is_inside_repo, local_folder
 from .evaluation import prepare_rows
-from .evaluation_policy import PolicyEvaluation, Reference, as_text, check_reference, check_sampling
+from .evaluation_policy import PolicyEvaluation, Reference, check_reference, check_sampling
 from .evaluation_scorers import Scorer
-
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def check_output(folder: str) -> None:
@@ -75,19 +73,19 @@ def check_policy_files(path: str, field: str, trust_remote_code: bool = False) -
     The context in tokens of a full model or an adapter, from its files alone; `None` without a limit.
 
     Raises:
-        ValueError: files are missing, of the base of an adapter too.
+        ValueError: files are missing, of the base of an adapter too, or its weights are in no safetensors file.
     """
     check_model_name(path, field)
     adapter = find_file(path, "adapter_config.json")
     if adapter is None:
-        if not any(find_file(path, name) is not None for name in WEIGHTS):
-            raise ValueError(f"{field}={path!r} has no weights, none of {list(WEIGHTS)}. Save the model again.")
+        check_safetensors(path, field)
         return _context(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    if find_file(path, "adapter_model.safetensors") is None:
-        raise ValueError(f"{field}={path!r} has no adapter_model.safetensors. Save the adapter again.")
+    check_safetensors(path, field)
     config = json.loads(Path(adapter).read_text(encoding="utf-8"))
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    check_model_name(base, f"{field}={path!r}, whose adapter_config.json has base_model_name_or_path", revision)
+    base_field = f"{field}={path!r}, whose adapter_config.json has base_model_name_or_path"
+    check_model_name(base, base_field, revision)
+    check_safetensors(base, base_field, revision)
     return _context(AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code))
 
 
@@ -196,7 +194,7 @@ def check_judge(
     vocabulary = judge.tokenizer.get_vocab()
     shared = all(tokenizer.get_vocab() == vocabulary for tokenizer in tokenizers.values())
     empty = [""] * len(prompts)
-    lengths = judge.question_lengths([as_text(prompt) for prompt in prompts], empty, empty)
+    lengths = judge.question_lengths([text_of(prompt) for prompt in prompts], empty, empty)
     longest = max(lengths)
     room = 2 * max_completion_length if shared else 2
     if longest + room > judge.context:
@@ -219,7 +217,7 @@ def check_judge_answers(judge: AIJudge, found: PolicyEvaluation) -> None:
     """
     firsts = range(0, len(found.samples.texts), found.num_samples)
     answers = [found.samples.texts[place] for place in firsts]
-    lengths = judge.question_lengths([as_text(found.samples.prompts[place]) for place in firsts], answers, answers)
+    lengths = judge.question_lengths([text_of(found.samples.prompts[place]) for place in firsts], answers, answers)
     longest = max(lengths)
     if judge.context is not None and longest > judge.context:
         raise ValueError(

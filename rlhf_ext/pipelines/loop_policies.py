@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from trl import get_quantization_config
 
 from ..models.build import load_policy
-from ..models.hub import find_file
+from ..models.hub import check_safetensors, find_file
 from ..models.roles import POLICY, RoleSwitch
 from .loop_run import SFT, LoopRun
 
@@ -107,7 +107,7 @@ def check_base(run: LoopRun) -> int | None:
         `int` or `None`: its context in tokens, where it says.
 
     Raises:
-        ValueError: it is an adapter, or cannot be read.
+        ValueError: it is an adapter, cannot be read, or has its weights in no safetensors file.
     """
     name, revision = run.model_args.model_name_or_path, run.model_args.model_revision
     if not name:
@@ -120,6 +120,7 @@ def check_base(run: LoopRun) -> int | None:
     try:
         trust = run.args.trust_remote_code
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
     except OSError as error:
         raise ValueError(f"`model_name_or_path` is {name!r}, which cannot be read: {error}") from error
+    check_safetensors(name, "model_name_or_path", revision)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -8,8 +8,9 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from ..models.hub import has_safetensors
 from ..models.pooling import classifier_of
-from ..models.reward_checkpoints import has_safetensors, read_head
+from ..models.reward_checkpoints import read_head
 
 
 logger = get_logger(__name__)
