@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from . import _checks as checks
+from .pairs import predicted_preference
 
 
 @torch.no_grad()
@@ -156,24 +157,37 @@ def ensemble_mean(scores: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def preference_variance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def preference_variance(
+    first: torch.Tensor, second: torch.Tensor, *, noises: Sequence[float] | None = None
+) -> torch.Tensor:
     """Variance over the members of an ensemble of the predicted preference, `(N,)`: what to ask a labeller next.
 
-    Var_k sigmoid(first_k - second_k), population variance: Christiano et al. 2017, Sec. 2.2.4. From 0 (all agree) to
-    0.25 (half of the members are sure of the one, half of the other).
+    Var_k P_k(first is better), population variance: Christiano et al. 2017, Sec. 2.2.4. A member predicts the label,
+    (1 - noise_k) sigmoid(first_k - second_k) + noise_k / 2 (Sec. 2.2.3). Without noise it goes from 0 (all agree) to
+    0.25 (half of the members are sure of the one, half of the other); a noise that all members share makes it
+    (1 - noise)^2 as large and leaves its order as it is.
 
     Args:
         first, second (`torch.Tensor`): Shape `(N, K)`, scores of both completions of a pair, one column per member,
             in the unit in which each member was trained.
+        noises (`Sequence[float]`, *optional*): of each member, the chance that the labeller answers at random which
+            its loss allowed for; 0 if not given.
 
     Raises:
-        ValueError: If the shapes differ, K < 2 or the dtype is not floating.
+        ValueError: If the shapes differ, K < 2, the dtype is not floating, there is not one noise per member, or one
+            is out of range.
     """
     checks.check_tensor("first", first)
     checks.check_tensor("second", second, first.shape)
     if first.dim() != 2 or first.shape[1] < 2:
         raise ValueError(f"`first` has shape {tuple(first.shape)}: pass (N, K) with at least two members.")
-    return (checks.upcast(first) - checks.upcast(second)).sigmoid().var(dim=1, correction=0)
+    if noises is not None and len(noises) != first.shape[1]:
+        raise ValueError(f"`noises` has {len(noises)} numbers for {first.shape[1]} members: pass one per member.")
+    gaps = (checks.upcast(first) - checks.upcast(second)).unbind(dim=1)
+    members = zip(gaps, noises or [0.0] * len(gaps), strict=True)
+    return torch.stack([predicted_preference(gap, noise=noise) for gap, noise in members], dim=1).var(
+        dim=1, correction=0
+    )
 
 
 @torch.no_grad()

@@ -100,8 +100,8 @@ class RewardEnsemble:
         prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[float]:
         """
-        Variance over the members of P(first is better), one number per prompt from 0 to 0.25: ask a labeller where it
-        is largest (Christiano et al. 2017, Sec. 2.2.4).
+        Variance over the members of P(first is better), one number per prompt from 0 to at most 0.25: ask a labeller
+        where it is largest (Christiano et al. 2017, Sec. 2.2.4).
 
         Args:
             prompts, first, second (`Sequence`):
@@ -111,14 +111,16 @@ class RewardEnsemble:
             prompt_ids (`Sequence[Sequence[int]]`, *optional*):
                 Ids of the prompts; made from `prompts` if absent.
 
-        Each member predicts in the unit it was trained in, where the loss made a difference of scores a log-odds.
+        Each member predicts the label as its loss did: in the unit it was trained in, and with its share of random
+        answers (`prediction_noise`), which keeps the number below 0.25 and, shared by the members, its order.
         """
         columns = []
         for texts, ids in ((first, first_ids), (second, second_ids)):
             given = {"prompts": prompts, "completions": texts, "completion_ids": ids, "prompt_ids": prompt_ids}
             scores = [as_scores(member(**given)) * member.log_odds[0] for member in self.members]
             columns.append(torch.stack(scores, dim=1))
-        return preference_variance(*columns).tolist()
+        noises = [member.log_odds[1] for member in self.members]
+        return preference_variance(*columns, noises=noises).tolist()
 
 
 def is_reward_ensemble(path: Any) -> bool:

@@ -118,6 +118,19 @@ def test_variance_of_the_predicted_preference():
         preference_variance(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
+def test_variance_of_the_prediction_of_noisy_labels():
+    """Christiano et al. 2017, Sec. 2.2.3: a member predicts .9 P + .05, and it is this prediction that varies."""
+    first, second = torch.tensor([[2.0, -2.0], [1.0, 3.0]]), torch.zeros(2, 2)
+    p = 0.8807970779778823  # sigmoid(2)
+    plain, noisy = (preference_variance(first, second, noises=noises) for noises in ([0.0, 0.0], [0.1, 0.1]))
+    assert noisy[0].item() == pytest.approx((0.9 * (p - 0.5)) ** 2, abs=1e-6)
+    torch.testing.assert_close(noisy, 0.81 * plain)  # shared: another scale, the same order
+    unlike = preference_variance(first, second, noises=[0.1, 0.0])[0].item()
+    assert unlike == pytest.approx(((0.9 * p + 0.05 - (1 - p)) / 2) ** 2, abs=1e-6)
+    with pytest.raises(ValueError, match="1 numbers for 2 members"):
+        preference_variance(first, second, noises=[0.1])
+
+
 def test_members_are_ordinary_adapters_with_their_own_unit_and_validation(ensemble):
     folder, report = ensemble
     saved = json.loads((folder / "ensemble.json").read_text())
@@ -173,6 +186,14 @@ def test_disagreement_is_in_the_unit_of_training(ensemble):
     expected = torch.tensor(raw).sigmoid().var(dim=0, correction=0)
     assert variance == pytest.approx(expected.tolist(), abs=1e-6)
     assert variance[1] == 0.0 and variance[0] > 1e-6  # the middle text is compared with itself
+    for member, noise in zip(found.members, (0.0, 0.1, 0.4), strict=True):  # as saved with members of such losses
+        member.prediction_noise = noise
+    noises = torch.tensor([[0.0], [0.1], [0.4]])
+    expected = ((1 - noises) * torch.tensor(raw).sigmoid() + noises / 2).var(dim=0, correction=0)
+    noisy = found.disagreement(
+        PROMPTS, TEXTS, turned["completions"], given["completion_ids"], turned["completion_ids"]
+    )
+    assert noisy == pytest.approx(expected.tolist(), abs=1e-6) and noisy[0] != pytest.approx(variance[0], abs=1e-6)
 
 
 def test_finished_members_are_not_trained_again_and_a_killed_one_is(tmp_path, base, ensemble, monkeypatch):
