@@ -55,9 +55,8 @@ def fit_reward(
 ) -> dict[str, Any]:
     """Train one reward model from `model` into `args.output_dir`."""
     dataset, held_out = _split(run, to_dataset(rows))
-    builder = RewardBuilder(
-        model, args, run.tokenizer, _peft_config(run, "SEQ_CLS"), get_quantization_config(run.model_args)
-    )
+    quantization = get_quantization_config(run.model_args)
+    builder = RewardBuilder(model, args, run.tokenizer, _peft_config(run, "SEQ_CLS"), quantization, builds_one=True)
     folder = Path(args.output_dir)
     trainer = builder.build(folder, args.seed, dataset, held_out)
     scale = run.args.normalize_scores == "scale"

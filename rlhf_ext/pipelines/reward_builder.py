@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from ..models.hub import known_commit, with_base_revision
 from ..models.pooling import set_normalization
 from ..models.reward_checkpoints import load_classifier, set_head
+from ..models.sharding import whole_weights
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_model import checkpoint_head, new_head
 from ..trainers.reward_trainer import PreferenceRewardTrainer
@@ -34,9 +35,12 @@ class RewardBuilder:
             Tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*), quantization_config:
             As for [`PreferenceRewardTrainer`].
+        builds_one (`bool`, *optional*, defaults to `False`):
+            Whether one trainer is all that is built in this process, which DeepSpeed allows.
 
     Raises:
-        ValueError: `model` is no name, DeepSpeed is on, or the run would push each of them to one repository.
+        ValueError: `model` is no name, DeepSpeed is on for several trainers, or the run would push each of them to
+            one repository.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class RewardBuilder:
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
+        builds_one: bool = False,
     ):
         if not isinstance(model, str):
             raise ValueError(
@@ -57,7 +62,7 @@ class RewardBuilder:
                 "`push_to_hub` is set, but the loop writes several models and a repository holds one. Leave it out, "
                 "and upload the folder afterwards."
             )
-        if args.deepspeed_plugin is not None:
+        if args.deepspeed_plugin is not None and not builds_one:
             raise ValueError(
                 "DeepSpeed is on, but accelerate builds one trainer per launch under it. Launch the loop without it "
                 "(DDP, with adapters or a quantised base where memory is short)."
@@ -107,6 +112,7 @@ class RewardBuilder:
         if self.shares_base:
             self._base = trainer.model.unload()
 
+    @whole_weights()  # its head is written into, which a piece of ZeRO-3 cannot be
     def _fresh_base(self, seed: int) -> PreTrainedModel:
         if self._base is None:
             options = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
