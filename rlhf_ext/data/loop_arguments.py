@@ -152,6 +152,7 @@ class LoopArguments(DataArguments):
         )
 
     def _check_training(self) -> None:
+        self._check_asynchronous()
         if self.selection == "disagreement" and self.num_members < 2:
             raise ValueError(
                 f"`selection` is 'disagreement', but `num_members` is {self.num_members}: one model cannot disagree. "
@@ -165,22 +166,6 @@ class LoopArguments(DataArguments):
         self._refuse_idle(
             not self.asynchronous, "`asynchronous` is off", "initial_label_share", "refit_labels", "refit_steps"
         )
-        if self.asynchronous:
-            for name, only, why in (
-                ("num_rounds", 1, "one round that never stops labelling"),
-                ("launch_config", None, "processes of its own"),
-                ("num_members", 1, "one reward model that is fitted again and again"),
-            ):
-                if getattr(self, name) != only:
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, but the asynchronous mode has {why}. Set it to {only}."
-                    )
-            if int(self.ppo.get("num_generations", 1)) != self.num_candidates:
-                raise ValueError(
-                    f"`ppo` has `num_generations` {self.ppo.get('num_generations', 1)}, but asynchronous comparisons "
-                    f"are made of one prompt's completions in a rollout. Set it to `num_candidates`, "
-                    f"{self.num_candidates}."
-                )
         # Without a reserve, the labels of a tiny first round may leave nothing to train on.
         if not 0.0 <= self.reward_eval_fraction < 1.0:
             raise ValueError(f"`reward_eval_fraction` is {self.reward_eval_fraction}; give a share in [0, 1).")
@@ -190,6 +175,26 @@ class LoopArguments(DataArguments):
         ):
             if taken := sorted(set(getattr(self, name)) & set(ours)):
                 raise ValueError(f"`{name}` sets {taken}, which the loop sets itself. Leave them out.")
+
+    def _check_asynchronous(self) -> None:
+        if not self.asynchronous:
+            return
+        for name, only, why in (
+            ("num_rounds", 1, "has one round that never stops labelling"),
+            ("launch_config", None, "starts processes of its own"),
+            ("selection", "random", "asks about rollouts as they come"),
+            ("num_members", 1, "has one reward model that is fitted again and again"),
+            ("policy_start", "sft", "has no policy before its only one, which starts from the SFT model"),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but the asynchronous mode {why}. Set it to {only!r}."
+                )
+        if int(self.ppo.get("num_generations", 1)) != self.num_candidates:
+            raise ValueError(
+                f"`ppo` has `num_generations` {self.ppo.get('num_generations', 1)}, but asynchronous comparisons are "
+                f"made of one prompt's completions in a rollout. Set it to `num_candidates`, {self.num_candidates}."
+            )
 
     def _refuse_idle(self, idle: bool, why: str, *names: str) -> None:
         defaults = {f.name: f.default for f in fields(self)}

@@ -11,13 +11,14 @@ import psutil
 import pytest
 import torch
 
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.models.newest_reward import NewestReward, newest_version, version_folder
 from rlhf_ext.pipelines import loop, loop_asynchronous
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import add_comparisons
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
+from rlhf_ext.pipelines.loop_run import LoopRun
 from tests.pipelines.test_loop import PPO, arguments, goodness, prompts, sft  # noqa: F401 (fixtures)
 from tests.tiny import tiny_reward_model, tiny_tokenizer
 
@@ -235,3 +236,20 @@ def test_a_policy_that_has_ended_is_not_trained_again_and_restarts_end(tmp_path,
 def test_comparisons_need_groups_in_a_rollout(tmp_path, sft, prompts):  # noqa: F811
     with pytest.raises(ValueError, match="num_generations"):
         arguments(tmp_path, sft, prompts, num_rounds=1, asynchronous=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy_start": "last"}, "`policy_start` is 'last'.*Set it to 'sft'"),
+        ({"selection": "disagreement", "num_members": 2}, "`selection` is 'disagreement'.*Set it to 'random'"),
+        ({"num_members": 2}, "`num_members` is 2.*Set it to 1"),
+        ({"num_rounds": 2}, "`num_rounds` is 2.*Set it to 1"),
+        ({"launch_config": "cpu.yaml"}, "`launch_config` is 'cpu.yaml'.*Set it to None"),
+    ],
+)
+def test_what_cannot_hold_there_is_refused(tmp_path, sft, prompts, changes, words):  # noqa: F811
+    given = {"num_rounds": 1, "asynchronous": True, "ppo": {**PPO, "num_generations": 2}}
+    arguments(tmp_path, sft, prompts, **given)
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, sft, prompts, **{**given, **changes})
