@@ -5,11 +5,10 @@ repeats none that is finished. Steps read what they need from disk, so each may 
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import ModelConfig
 
 from ..data.functions import import_function
@@ -24,7 +24,7 @@ from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_prompts
 from .loop_asynchronous import train_asynchronously
 from .loop_evaluation import evaluate_round
-from .loop_labels import annotators_of, write_labels
+from .loop_labels import annotators_of, check_store, write_labels
 from .loop_policies import check_base
 from .loop_record import STEPS
 from .loop_run import MANIFEST_FILE, LoopRun, write_whole
@@ -67,9 +67,12 @@ def run_loop(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
             "The loop was launched on several processes, but it starts processes itself. Run it on one, and give the "
             "accelerate YAML as `launch_config`."
         )
+    run = LoopRun(args, model_args)
+    steps = ["labels", "policy"] if args.asynchronous else ["labels"]
+    if any(not run.step(round_, name).exists() for round_ in range(1, args.num_rounds + 1) for name in steps):
+        check_store(run)  # before the toy world trains its SFT model
     if args.toy:
         prepare_toy(args, model_args)
-    run = LoopRun(args, model_args)
     check(run)
     run.save_settings()
     manifest = Manifest(run)
@@ -96,8 +99,7 @@ def check(run: LoopRun) -> None:
         import_function(name)
     # Built once for their own checks; the folder of each step comes later.
     scratch = run.folder / "_unfinished_check"
-    reward_config(run, scratch, 0)
-    ppo_config(run, scratch, 0)
+    configs = {"reward": reward_config(run, scratch, 0), "ppo": ppo_config(run, scratch, 0)}
     for what, rows in (("train prompts", run.train_prompts), ("held-out prompts", run.eval_prompts)):
         check_prompts(
             Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
@@ -109,7 +111,7 @@ def check(run: LoopRun) -> None:
     if args.labels == "judge" and not run.step(1, "labels").exists():
         annotators_of(run)  # a judge that cannot be asked says so now, and not after the first samples
     if args.launch_config is not None:
-        _check_launch_config(args.launch_config)
+        _check_launch_config(run, configs)
     if "references" in args.sources and not any(row.get("completion") for row in run.train_prompts):
         raise ValueError(
             "`sources` names 'references', but no row of `dataset_name` has a `completion`. Add the column, or leave "
@@ -117,16 +119,27 @@ def check(run: LoopRun) -> None:
         )
 
 
-def _check_launch_config(path: str) -> None:
+def _check_launch_config(run: LoopRun, configs: Mapping[str, TrainingArguments]) -> None:
+    path = str(run.args.launch_config)
     try:
         kind = str(yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("distributed_type"))
     except (OSError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"`launch_config` is {path!r}, which cannot be read: {error}") from error
-    if kind == "DEEPSPEED":
+    if kind != "DEEPSPEED":
+        return
+    if run.args.num_members > 1:
         raise ValueError(
-            f"`launch_config` {path!r} asks for DeepSpeed, under which reward models of a loop cannot be built. Take "
-            "multi_gpu.yaml, with adapters or a quantised base where memory is short."
+            f"`num_members` is {run.args.num_members}, but `launch_config` {path!r} asks for DeepSpeed, under which a "
+            "process builds one trainer. Take multi_gpu.yaml (where memory is short, with adapters or a quantised "
+            "base), or a single reward model."
         )
+    for name, config in configs.items():
+        for mode in ("bf16", "fp16"):
+            if getattr(config, mode):
+                raise ValueError(
+                    f"`{name}` has {mode}=True, but `launch_config` {path!r} asks for DeepSpeed, whose {mode} mode "
+                    f"casts adapters and heads too. Set `{mode}: false` in `{name}`, or take multi_gpu.yaml."
+                )
 
 
 class Manifest:
@@ -176,8 +189,9 @@ def do_step(run: LoopRun, round_: int, name: str) -> dict[str, Any]:
 
 def launch(run: LoopRun, round_: int, name: str) -> None:
     """Do a step under `accelerate launch`."""
-    command = ["accelerate", "launch", "--config_file", str(run.args.launch_config), "-m", __name__]
-    subprocess.run([*command, str(run.folder), str(round_), name], check=True, env={**os.environ})
+    # The launcher of this very environment, whatever `accelerate` is found on the path.
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(run.args.launch_config)]
+    subprocess.run([*accelerate, "-m", __name__, str(run.folder), str(round_), name], check=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The third step of a round: comparisons go into the store, labels come out, from whoever gives them."""
 
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..data.functions import import_function
+from ..data.texts import text_of, without_passwords
 from ..feedback.agreement import agreement, annotators
-from ..feedback.annotators import Annotator, judged, simulated, text_of, work_through
+from ..feedback.annotators import Annotator, judged, simulated, work_through
 from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
 from ..feedback.exchange import export_rows
 from ..feedback.judge import AIJudge
@@ -39,6 +42,27 @@ def write_labels(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
         rows = list(export_rows(store, pool=pool))
         write_jsonl(folder / ROWS_FILE, rows)
         return {**label_facts(run, rows), **agreement_facts(store, pool)}
+
+
+def check_store(run: LoopRun) -> None:
+    """
+    Open the label store, which the run would else first do after its samples.
+
+    Raises:
+        ValueError: it cannot be opened; `store`, its value (without a password) and why.
+    """
+    if run.args.store is None:
+        run.folder.mkdir(parents=True, exist_ok=True)  # where `labels.db` will stand
+    try:
+        with run.open_store() as store:
+            store.progress()
+    except (ValueError, ImportError, OSError, SQLAlchemyError, sqlite3.Error) as error:
+        location = without_passwords(str(run.args.store or run.folder / "labels.db"))
+        why = without_passwords(" ".join(str(error).split())[:400])
+        raise ValueError(
+            f"`store` is {location!r}, which cannot be opened ({type(error).__name__}: {why}). Give a file in a "
+            "folder that exists, or postgresql://user@host/database of a server that runs and lets this user in."
+        ) from error
 
 
 def add_comparisons(run: LoopRun, store: LabelStore, pool: str, rows: list[dict[str, Any]]) -> list[int]:

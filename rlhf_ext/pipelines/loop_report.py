@@ -3,10 +3,10 @@
 import html
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from ..data.texts import without_passwords
 from . import report_page
 from .loop_record import STEPS, LoopRecord, is_number, read_loop
 from .loop_report_plots import function_scorers, policy_plots, round_plots
@@ -92,14 +92,30 @@ def progress(record: LoopRecord) -> str:
 
 
 def settings_section(settings: dict[str, Any]) -> str:
-    """All settings that are set; those of the model, which are many, folded. Passwords inside URLs are left out."""
-    loop = settings.get("loop") if isinstance(settings.get("loop"), dict) else settings
-    found = _settings_table(loop)
-    for name, part in settings.items():
-        if loop is not settings and name != "loop":
-            part = part if isinstance(part, dict) else {name: part}
-            found += f"<details><summary>{html.escape(name)}</summary>{_settings_table(part)}</details>"
-    return found
+    """
+    What differs from the defaults, loop and model in one table; the rest folded. Passwords inside URLs are left out.
+
+    A run of a version that wrote no defaults shows all settings of the loop, and folds those of the model.
+    """
+    parts = {name: part for name, part in settings.items() if isinstance(part, dict) and name != "defaults"}
+    if "loop" not in parts:
+        return _settings_table(settings)
+    defaults = settings.get("defaults")
+    if not isinstance(defaults, dict):
+        folded = [(name, part) for name, part in parts.items() if name != "loop"]
+        return _settings_table(parts["loop"]) + "".join(_folded(name, part) for name, part in folded)
+    asked, rest = {}, ""
+    for name, part in parts.items():
+        usual = defaults.get(name) if isinstance(defaults.get(name), dict) else {}
+        nothing = (None, [], {})
+        odd = {
+            flag
+            for flag, value in part.items()
+            if value != usual.get(flag) and not (value in nothing and usual.get(flag) in nothing)
+        }
+        asked |= {flag: value for flag, value in part.items() if flag in odd}
+        rest += _folded(f"{name}: flags at their defaults", {f: v for f, v in part.items() if f not in odd})
+    return _settings_table(asked, all_of_them=True) + rest
 
 
 def rounds_table(record: LoopRecord) -> str:
@@ -191,16 +207,14 @@ def _interval(found: dict[str, Any]) -> str:
     return text
 
 
-def _settings_table(settings: dict[str, Any]) -> str:
+def _folded(title: str, settings: dict[str, Any]) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{_settings_table(settings)}</details>"
+
+
+def _settings_table(settings: dict[str, Any], all_of_them: bool = False) -> str:
     rows = []
     for name, value in settings.items():
-        if value is not None and value != [] and value != {}:
+        if all_of_them or value is not None and value != [] and value != {}:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            rows.append([name, _without_passwords(text)])
+            rows.append([name, without_passwords(text)])
     return report_page.table(["", ""], rows, text=(0, 1))
-
-
-def _without_passwords(text: str) -> str:
-    """The page is sent around; the URL of a label store may hold a password."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
-    return re.sub(r"([?&]password=)[^&\s\"]*", r"\1***", text)

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..data.arguments import load_splits
+from ..data.jsonl import read_jsonl
 from ..data.loading import load_rows, require_columns
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_tokenizer
@@ -76,7 +77,9 @@ class LoopRun:
                     "give the settings it was started with."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asked, indent=1))
+        # The report, which loads no torch, tells by the defaults what was asked for.
+        defaults = {"loop": _defaults(LoopArguments), "model": _defaults(ModelConfig)}
+        write_whole(path, json.dumps({**asked, "defaults": defaults}, indent=1, default=str))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,6 +190,15 @@ class LoopRun:
         return rows.remove_columns([name for name in ("completion",) if name in rows.column_names])
 
 
+def _defaults(kind: Any) -> dict[str, Any]:
+    """What each flag of a dataclass is when it is not given."""
+    found = {}
+    for flag in fields(kind):
+        factory = flag.default_factory
+        found[flag.name] = flag.default if factory is MISSING else factory()
+    return {name: None if value is MISSING else value for name, value in found.items()}
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -200,9 +212,3 @@ def write_whole(path: Path, text: str) -> None:
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows, one a line, whole or not at all."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows that [`write_jsonl`] wrote."""
-    # Not `splitlines`, which also breaks at characters that a text may hold.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

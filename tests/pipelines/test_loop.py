@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.data.loop_arguments import LoopArguments
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.models.ensembles import is_reward_ensemble
@@ -20,7 +23,7 @@ from rlhf_ext.pipelines import loop, loop_labels
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import LoopRun, read_jsonl
+from rlhf_ext.pipelines.loop_run import LoopRun
 from rlhf_ext.pipelines.loop_training import _split
 from rlhf_ext.trainers.ppo_config import PPOConfig
 from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
@@ -149,7 +152,13 @@ def test_a_finished_run_repeats_nothing_and_grows_by_rounds(finished, sft, promp
 
 def test_the_report_reads_what_the_loop_wrote(finished, tmp_path):
     write_loop_report(str(finished), str(tmp_path / "page.html"))
-    assert "goodness" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "goodness" in page
+    asked = page.split("What was asked</h2>")[1].split("<details>")[0]
+    assert set(re.findall("<td class=text>([a-z_]+)</td><td", asked)) == {
+        *("output_dir", "dataset_name", "eval_fraction", "num_rounds", "labels_per_round", "labels", "gold_func"),
+        *("reward_eval_fraction", "reward", "ppo", "model_name_or_path"),
+    }
 
 
 def test_prompts_are_chosen_by_the_flags_of_every_recipe(tmp_path, sft, prompts):
@@ -320,15 +329,47 @@ def test_training_is_launched_by_accelerate_with_the_same_result(tmp_path, finis
         ({"ppo": {**PPO, "output_dir": "x"}}, "which the loop sets itself"),
         ({"ppo": {**PPO, "max_completion_length": 500}}, "exceed the model's context"),
         ({"refit_labels": 3}, "nothing reads it"),
-        ({"launch_config": "accelerate_configs/zero3.yaml"}, "DeepSpeed"),
+        ({"launch_config": "accelerate_configs/zero3.yaml", "num_members": 2}, "`num_members` is 2.*DeepSpeed"),
+        (
+            {"launch_config": "accelerate_configs/zero2.yaml", "ppo": {**PPO, "bf16": True}},
+            "`ppo` has bf16.*DeepSpeed",
+        ),
         ({"launch_config": "nowhere.yaml"}, "cannot be read"),
         ({"toy": True, "labels": "judge", "judge_model_path": "x"}, "labels by gold"),
+        (
+            {"store": "mysql://ann:secret@host/labels"},
+            r"`store` is 'mysql://ann:\*\*\*@host/labels'.*postgresql://user",
+        ),
+        ({"store": "nowhere/labels.db"}, "`store` is 'nowhere/labels.db'.*no folder.*a folder that exists"),
+        (
+            {"store": "postgresql://ann:secret@127.0.0.1:1/labels"},
+            r"`store` is 'postgresql://ann:\*\*\*@.*(refused|psycopg)",
+        ),
+        ({"store": "postgresql://host:port/labels"}, "`store` is 'postgresql://host:port/labels'.*user@host"),
+        ({"store": "."}, "`store` is '.'.*not an SQLite file"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(tmp_path, sft, prompts, changes, words):
     with pytest.raises(ValueError, match=words):
         loop.run_loop(*arguments(tmp_path / "run", sft, prompts, **changes))
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_password_of_the_store_is_not_printed(tmp_path, sft, prompts):
+    with pytest.raises(ValueError) as refused:
+        loop.run_loop(*arguments(tmp_path / "run", sft, prompts, store="postgresql://ann:secret@127.0.0.1:1/labels"))
+    assert "secret" not in str(refused.value)
+
+
+def test_a_finished_run_needs_no_store(finished, sft, prompts):
+    loop.run_loop(*arguments(finished, sft, prompts, store="nowhere/labels.db"))
+
+
+def test_a_pickled_sft_model_is_refused(tmp_path, sft, prompts):
+    shutil.copytree(sft, tmp_path / "sft")
+    os.rename(tmp_path / "sft" / "model.safetensors", tmp_path / "sft" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="model_name_or_path=.*pytorch_model.bin, a pickle.*convert it"):
+        loop.run_loop(*arguments(tmp_path / "run", str(tmp_path / "sft"), prompts))
 
 
 def test_an_adapter_as_sft_is_refused(tmp_path, sft, prompts):

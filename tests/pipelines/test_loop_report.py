@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_ext import cli
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.exchange import export_rows
 from rlhf_ext.feedback.records import Candidate, NewComparison
 from rlhf_ext.feedback.store import LabelStore
-from rlhf_ext.pipelines.loop_record import read_loop, read_rows
+from rlhf_ext.pipelines.loop_record import read_loop
 from rlhf_ext.pipelines.loop_report import loop_page, progress, write_loop_report
 from rlhf_ext.pipelines.loop_report_plots import function_scorers, policy_plots, round_plots
 
@@ -199,7 +200,7 @@ def test_answers_side_by_side(run):
     assert "gold 0.300 = ties" in prompts[1] and "Answer 1 of" not in section
     assert "system: Be kind.\n\nuser: Hello!" in prompts[1] and "<details>" in prompts[1]
     losing = run / "round_2" / "evaluation" / "answers.jsonl"
-    rows = read_rows(losing)
+    rows = read_jsonl(losing)
     rows[0]["scores"]["gold"] = -1.0
     write_rows(losing, rows)
     assert "gold -1.000 ▼ loses" in loop_page(read_loop(run))
@@ -233,6 +234,27 @@ def test_rows_of_a_real_store(run):
     for said in ("ranking; 1 label", "▲ 1<", ">2</div>", "▲ best", "tie; 1 label", "cannot be compared; 1 label"):
         assert said in section, said
     assert "user: Hello!" in section and ">two</div>" in section
+
+
+def test_what_was_asked_comes_before_what_was_not(run):
+    """Flags that differ from the defaults first, off and 0 among them; the rest folded."""
+    settings = json.loads((run / "settings.json").read_text())
+    settings["loop"] |= {"wait_for_labels": False, "eval_fraction": 0.0, "overlap": 1, "reward": {}}
+    settings["model"]["use_peft"] = True
+    usual = {"num_rounds": 4, "labels": "people", "gold_func": None, "output_dir": "", "ppo": None, "store": None}
+    usual |= {"wait_for_labels": True, "eval_fraction": 0.05, "overlap": 1, "reward": None}
+    model = {"model_name_or_path": None, "dtype": "auto", "use_peft": False}
+    write_json(run / "settings.json", {**settings, "defaults": {"loop": usual, "model": model}})
+    page = loop_page(read_loop(run))
+    section = page.split("What was asked</h2>")[1].split("<h2>")[0]
+    first, *folded = section.split("<details>")
+    names = re.findall("<td class=text>([a-z_]+)</td><td", first)
+    asked = ["num_rounds", "output_dir", "ppo", "store", "wait_for_labels", "eval_fraction"]
+    assert names == [*asked, "model_name_or_path", "use_peft"]
+    assert row_of(first, "wait_for_labels") == ["false"] and row_of(first, "eval_fraction") == ["0.0"]
+    assert "secret" not in section and "hidden" not in section
+    assert len(folded) == 2 and "loop: flags at their defaults" in folded[0] and "dtype" in folded[1]
+    assert row_of(folded[0], "overlap") == ["1"] and row_of(folded[0], "labels") == ["people"]
 
 
 def test_plots(run):
