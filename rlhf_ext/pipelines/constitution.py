@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from trl import ModelConfig, get_quantization_config
 
 from ..data.constitution_arguments import ConstitutionArguments
-from ..data.functions import import_function
 from ..data.loading import load_rows, require_columns
 from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
 from ..models.hub import check_model_name, find_file
 from .constitution_evaluation import NAMES, measure_policies
 from .constitution_report import write_constitution_report
-from .constitution_texts import ROWS, TRANSCRIPTS, Loading, write_labels, write_responses, write_revisions
+from .constitution_texts import ROWS, TRANSCRIPTS, Loading, as_prompt, write_labels, write_responses, write_revisions
 from .constitution_toy import ToySettings, build_toy
 from .constitution_training import (
     Training,
@@ -32,12 +32,15 @@ from .constitution_training import (
     train_reward,
     train_sft,
 )
+from .evaluation_checks import check_policy_files
+from .evaluation_policy import check_sampling
+from .evaluation_scorers import function_scorer
 from .finished_runs import arguments_that_matter, digest_of, run_once
 
 
 def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> dict[str, Any]:
     """
-    Run all steps that are not finished, and write `report.html`.
+    Run all steps that are not finished, and write `report.html` after each of them.
 
     Returns:
         `dict`: what each step recorded, by its name; of the toy world `toy` too.
@@ -65,12 +68,11 @@ def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> di
         model_args.model_name_or_path = toy["model_name_or_path"]
         for name, value in toy["options"].items():
             setattr(args, name, value)
-    run = _Run(args, model_args, Training(args, model_args, configs), state.device)
+    of_toy = {} if toy is None else {"toy": toy["judge"]}
+    run = _Run(args, model_args, Training(args, model_args, configs), state.device, of_toy)
     found = run.all_steps()
-    if toy is not None:
-        found["toy"] = toy["judge"]
-    write_constitution_report(folder, found, args.num_shown, NAMES)
-    return found
+    run.report()  # once more: a run that is finished may have lost its page, or be shown with another `num_shown`
+    return {**found, **of_toy}
 
 
 def _toy_settings(args: ConstitutionArguments) -> ToySettings:
@@ -82,8 +84,15 @@ def _toy_settings(args: ConstitutionArguments) -> ToySettings:
 class _Run:
     """Inputs of a run, checked, and its steps."""
 
-    def __init__(self, args: ConstitutionArguments, model_args: ModelConfig, training: Training, device: torch.device):
-        self.args, self.model_args, self.training = args, model_args, training
+    def __init__(
+        self,
+        args: ConstitutionArguments,
+        model_args: ModelConfig,
+        training: Training,
+        device: torch.device,
+        of_toy: dict[str, Any],
+    ):
+        self.args, self.model_args, self.training, self.of_toy = args, model_args, training, of_toy
         self.folder, self.helper = Path(args.output_dir), model_args.model_name_or_path
         self.revision = model_args.model_revision
         check_model_name(self.helper, "model_name_or_path", self.revision)
@@ -92,9 +101,10 @@ class _Run:
                 f"`model_name_or_path` {self.helper!r} is an adapter, on which the run would put others. Merge it "
                 "into its base first (`rlhf-ext merge`)."
             )
+        context = check_policy_files(self.helper, "model_name_or_path", args.trust_remote_code, self.revision)
         for name in ("judge_model_path", "reviser_model_path"):
             if getattr(args, name):
-                check_model_name(getattr(args, name), name)
+                check_policy_files(getattr(args, name), name, args.trust_remote_code)
         self.judge = args.judge_model_path or self.helper
         self.reviser = args.reviser_model_path or self.helper
         self.principles = load_constitution(args.constitution or DEFAULT_CONSTITUTION)
@@ -106,13 +116,19 @@ class _Run:
                 )
         self.red_team = read_prompts(args.red_team_prompts, "red_team_prompts")
         self.test = read_prompts(args.test_prompts, "test_prompts")
-        self.prompts = list(self.red_team)
-        if args.helpful_prompts:
-            self.prompts += read_prompts(args.helpful_prompts, "helpful_prompts")
+        helpful = read_prompts(args.helpful_prompts, "helpful_prompts") if args.helpful_prompts else []
+        self.prompts = [*self.red_team, *helpful]
+        # Every policy of the run has the helpful one's tokenizer and context, so that this holds for all of them.
+        tokenizer = training.tokenizer(self.helper)
+        sources = {"red_team_prompts": self.red_team, "test_prompts": self.test, "helpful_prompts": helpful}
+        for name, prompts in sources.items():
+            rows = Dataset.from_list([{"prompt": as_prompt(prompt, args.as_messages)} for prompt in prompts])
+            if prompts:
+                check_sampling(tokenizer, rows, args.max_completion_length, context, f"helpful, `{name}`")
         # Read to be checked now, and to know what a finished step was made of.
         self.rows, self.pairs = digest_of(helpful_rows(args)), digest_of(helpful_pairs(args))
         for name in args.reward_funcs or []:
-            import_function(name)
+            function_scorer(name, [])
         self.loading = Loading(
             device,
             dtype=model_args.dtype or "float32",
@@ -187,7 +203,14 @@ class _Run:
         """A step that is done once, from what the steps before it recorded."""
         print(f"{len(self.found) + 1}/7 {name}", flush=True)
         settings = {**settings, "seed": self.args.seed, "before": digest_of([self.found])}
+        is_finished = (self.folder / name).exists()
         self.found[name] = run_once(self.folder / name, settings, work)
+        if not is_finished:
+            self.report()
+
+    def report(self) -> None:
+        """The page of what is finished, so that a run that was killed has one."""
+        write_constitution_report(self.folder, {**self.found, **self.of_toy}, self.args.num_shown, NAMES)
 
 
 def read_prompts(source: str, name: str) -> list[str]:

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from ..data.constitution_arguments import ConstitutionArguments
-from ..data.functions import import_function
 from .constitution_texts import Loading, as_prompt
 from .evaluation import load_reward
-from .evaluation_policy import PolicySettings, Reference, Scorer, check_policy, evaluate_policy, wins_by_score
+from .evaluation_checks import check_policies, check_readers
+from .evaluation_policy import PolicySettings, Reference, Scorer, evaluate_policy, wins_by_score
 from .evaluation_report import write_policy_report
+from .evaluation_scorers import function_scorer
 
 
 NAMES = ("helpful", "sl-cai", "rl-cai")
@@ -36,12 +38,22 @@ def measure_policies(
 
     Returns:
         `dict`: `policies`, the measures of each, and `wins` of the second and third against the first.
+
+    Raises:
+        ValueError: before anything is sampled, for a policy without files, or a policy, reference or reward model that
+            cannot read a prompt with an answer of full length.
     """
-    model, tokenizer = load_reward(
-        reward, device=loading.device, dtype="auto", trust_remote_code=loading.trust_remote_code
-    )
-    scorers = [Scorer("reward", model, tokenizer)]
-    scorers += [Scorer(name.partition(":")[2], function=import_function(name)) for name in args.reward_funcs or []]
+    asked = Dataset.from_list([{"prompt": as_prompt(prompt, args.as_messages)} for prompt in prompts])
+    trust, length = loading.trust_remote_code, args.max_completion_length
+    revisions = {NAMES[0]: revision}
+    tokenizers = {
+        name: AutoTokenizer.from_pretrained(path, revision=revisions.get(name), trust_remote_code=trust)
+        for name, path in paths.items()
+    }
+    # All three before the first one answers.
+    check_policies(paths, tokenizers, asked, length, trust, revisions)
+    scorers = [Scorer("reward", *load_reward(reward, device=loading.device, dtype="auto", trust_remote_code=trust))]
+    scorers += [function_scorer(name, []) for name in args.reward_funcs or []]
     settings = PolicySettings(
         num_samples=args.num_samples,
         max_completion_length=args.max_completion_length,
@@ -49,15 +61,14 @@ def measure_policies(
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    asked = Dataset.from_list([{"prompt": as_prompt(prompt, args.as_messages)} for prompt in prompts])
     reference = Reference(*loading.model(paths[NAMES[0]], revision))
+    check_readers(scorers, reference, tokenizers, asked["prompt"][:], length)
     found = []
     for name in NAMES:
         if name == NAMES[0]:
             policy, tokenizer = reference.model, reference.tokenizer
         else:
             policy, tokenizer = loading.model(paths[name])
-        check_policy(policy, tokenizer, asked, args.max_completion_length)
         found.append(
             evaluate_policy(
                 name, policy, tokenizer, asked["prompt"][:], scorers, settings, reference=reference, progress=True

@@ -14,6 +14,7 @@ from .constitution_texts import ROWS, TRANSCRIPTS
 from .report_page import page, plots, table
 
 
+STEPS = ("responses", "revisions", "sft", "labels", "reward", "policy", "evaluation")
 NOTE = """The policy is paid for what the judge took for good, right or wrong: read the pairs below before the
 scores."""
 TOY_NOTE = """The toy world tests the pipeline, not a judge: its judge is a small model trained on transcripts with
@@ -31,27 +32,33 @@ JUDGE = {
 
 def write_constitution_report(folder: Path, found: dict[str, Any], num_shown: int, names: Sequence[str]) -> Path:
     """
-    Write `folder/report.html`.
+    Write `folder/report.html`, of a run that is not finished too.
 
     Args:
-        found (`dict`): what each step recorded, by its name.
+        found (`dict`): what each finished step recorded, by its name.
         num_shown (`int`): prompts of each kind whose texts are shown, the first ones.
         names (`Sequence[str]`): of the policies.
     """
     sections = [f'<p class="note">{NOTE}</p>']
     if "toy" in found:
         sections.append(f'<p class="note"><strong>{TOY_NOTE}</strong></p>')
-    sections += ["<h2>Policies on held-out prompts</h2>", _policies(found["evaluation"], names)]
+    if missing := [step for step in STEPS if step not in found]:
+        sections.append(f"<p>{len(STEPS) - len(missing)} of {len(STEPS)} steps are finished. Next: {missing[0]}.</p>")
+    if "evaluation" in found:
+        sections += ["<h2>Policies on held-out prompts</h2>", _policies(found["evaluation"], names)]
     sections += ["<h2>Steps</h2>", _steps(found)]
     if "toy" in found:
         rows = [[text, _number(found["toy"][key])] for key, text in JUDGE.items()]
         sections += ["<h2>The judge against the truth</h2>", table(["", "judge"], rows)]
-    sections += ["<h2>PPO</h2>", _curves(found["policy"]["history"])]
-    sections += _browse(
-        "Answers and revisions", read_jsonl(folder / "revisions" / TRANSCRIPTS), num_shown, _transcript
-    )
-    sections += _browse("Pairs and labels", read_jsonl(folder / "labels" / ROWS), num_shown, _pair)
-    sections += _browse("Samples of the policies", read_jsonl(folder / "evaluation" / SAMPLES), num_shown, _samples)
+    if "policy" in found:
+        sections += ["<h2>PPO</h2>", _curves(found["policy"]["history"])]
+    for step, file, title, show in (
+        ("revisions", TRANSCRIPTS, "Answers and revisions", _transcript),
+        ("labels", ROWS, "Pairs and labels", _pair),
+        ("evaluation", SAMPLES, "Samples of the policies", _samples),
+    ):
+        if step in found:
+            sections += _browse(title, read_jsonl(folder / step / file), num_shown, show)
     path = folder / "report.html"
     aside = folder / "_unfinished_report.html"
     aside.write_text(page("Constitutional AI", "\n".join(sections)), encoding="utf-8")
@@ -77,8 +84,8 @@ def _policies(evaluation: dict[str, Any], names: Sequence[str]) -> str:
 def _steps(found: dict[str, Any]) -> str:
     rows = [
         [step, name, _number(value)]
-        for step in ("responses", "revisions", "sft", "labels", "reward", "policy")
-        for name, value in found[step].items()
+        for step in STEPS[:-1]
+        for name, value in found.get(step, {}).items()
         if isinstance(value, int | float)
     ]
     return table(["step", "number", ""], rows, text=(0, 1))

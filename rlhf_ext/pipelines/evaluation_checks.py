@@ -68,19 +68,24 @@ def check_preferences(paths: Mapping[str, str], dataset: Dataset, args: Evaluati
             )
 
 
-def check_policy_files(path: str, field: str, trust_remote_code: bool = False) -> int | None:
+def check_policy_files(
+    path: str, field: str, trust_remote_code: bool = False, revision: str | None = None
+) -> int | None:
     """
     The context in tokens of a full model or an adapter, from its files alone; `None` without a limit.
+
+    Args:
+        path (`str`): folder, or id on the Hub, at `revision` there.
+        field (`str`): the argument that gave it, for the message.
 
     Raises:
         ValueError: files are missing, of the base of an adapter too, or its weights are in no safetensors file.
     """
-    check_model_name(path, field)
-    adapter = find_file(path, "adapter_config.json")
+    check_model_name(path, field, revision)
+    check_safetensors(path, field, revision)
+    adapter = find_file(path, "adapter_config.json", revision)
     if adapter is None:
-        check_safetensors(path, field)
-        return _context(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    check_safetensors(path, field)
+        return _context(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
     config = json.loads(Path(adapter).read_text(encoding="utf-8"))
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     base_field = f"{field}={path!r}, whose adapter_config.json has base_model_name_or_path"
@@ -124,10 +129,11 @@ def check_policies(
     dataset: Dataset,
     max_completion_length: int,
     trust_remote_code: bool = False,
+    revisions: Mapping[str, str | None] | None = None,
 ) -> None:
     """Refuse policies, the baseline too, without files, or that cannot read every prompt and an answer to it."""
     for name, path in paths.items():
-        context = check_policy_files(path, "model path", trust_remote_code)
+        context = check_policy_files(path, "model path", trust_remote_code, (revisions or {}).get(name))
         check_sampling(tokenizers[name], dataset, max_completion_length, context, name)
 
 

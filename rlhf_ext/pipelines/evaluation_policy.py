@@ -20,7 +20,6 @@ from ..functional.statistics import perplexity
 from ..metrics.diversity import Diversity
 from ..metrics.insult_rate import DEFAULT_WORDS, InsultRate
 from ..metrics.length import Length
-from ..models.build import shortest_context
 from ..models.generation import Samples, completion_logps, end_token_ids, sample_completions
 from .evaluation_scorers import Scorer
 
@@ -247,15 +246,16 @@ def wins_by_judge(
     return win_rate(wins, swapped=swapped) | {"decided": decided}
 
 
-def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int) -> None:
-    """Refuse prompts and tokenizers that sampling would stumble over, and give a tokenizer without padding one."""
-    check_sampling(tokenizer, dataset, max_length, shortest_context(model))
-
-
 def check_sampling(
     tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int, context: int | None, name: str = ""
 ) -> None:
-    """The same before the policy is loaded, of which `context` tokens are known, and the name for messages."""
+    """
+    Refuse prompts and tokenizers that sampling would stumble over, and give a tokenizer without padding one.
+
+    Args:
+        context (`int`, *optional*): the policy's, in tokens.
+        name (`str`, *optional*): the policy's, for messages.
+    """
     check_tokenizer(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -13,7 +13,7 @@ from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.constitution import load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge, Verdicts
-from rlhf_ext.pipelines import constitution, constitution_texts, constitution_training
+from rlhf_ext.pipelines import constitution, constitution_evaluation, constitution_texts, constitution_training
 from rlhf_ext.pipelines.chunked_rows import write_in_chunks
 from rlhf_ext.pipelines.constitution import run_constitution
 from rlhf_ext.pipelines.constitution_evaluation import NAMES
@@ -169,6 +169,9 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
     monkeypatch.setattr(AIJudge, "compare", killed_at_the_second_chunk)
     with pytest.raises(Killed):
         run_constitution(options(world, output), model(world))
+    page = (output / "report.html").read_text()  # of what was finished
+    assert "3 of 7 steps are finished. Next: labels." in page and "Answers and revisions" in page
+    assert "Pairs and labels" not in page and "<h2>PPO</h2>" not in page
     half = output / "_unfinished_labels" / "rows.jsonl"
     assert len(read_jsonl(half)) == 4 and not (output / "labels").exists()
     with open(half, "a") as file:
@@ -186,6 +189,8 @@ def test_killed_between_and_inside_steps_it_goes_on(whole, world, tmp_path, monk
         run_constitution(options(world, output), model(world))
     assert len(asked) == 3 and not set(asked[0]) & set(asked[2])  # the first four pairs were not asked again
     assert (output / "_unfinished_policy" / "checkpoint-2").exists()
+    page = (output / "report.html").read_text()
+    assert "5 of 7 steps are finished. Next: policy." in page and "Pairs and labels" in page
     done.append("again")
     found = run_constitution(options(world, output), model(world))
     assert done == [
@@ -279,6 +284,11 @@ def poisoned(value):
         ({"helpful_pairs": "red.jsonl"}, "chosen"),
         ({"judge_model_path": "/no/such/model"}, "judge_model_path"),
         ({"reward_funcs": ["no.such:thing"]}, "no.such"),
+        ({"reward_funcs": [f"{__name__}:narrow"]}, "narrow.*cannot be called"),
+        ({"judge_model_path": "pickled"}, "judge_model_path=.*pytorch_model.bin, a pickle"),
+        ({"test_prompts": "long.jsonl"}, "helpful, `test_prompts`.*exceed the model's context of"),
+        ({"red_team_prompts": "long.jsonl"}, "helpful, `red_team_prompts`.*exceed the model's context of"),
+        ({"max_completion_length": 4000}, "exceed the model's context of"),
         ({"toy": True}, "`toy` builds its own"),
         ({"toy_settings": {"a": 1}}, "without `toy: true`"),
         ({"temperature": 0.0}, "temperature"),
@@ -287,13 +297,42 @@ def poisoned(value):
 def test_wrong_input_is_refused_before_the_first_step(world, tmp_path, changes, words):
     rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "user", "content": "b"}]}]
     (world / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (world / "long.jsonl").write_text(json.dumps({"prompt": "the lamp " * 2000}))
+    if not (world / "pickled").exists():
+        shutil.copytree(world / "model", world / "pickled")
+        (world / "pickled" / "model.safetensors").rename(world / "pickled" / "pytorch_model.bin")
     changes = {
-        key: f"{world}/{value}" if isinstance(value, str) and value.endswith("jsonl") else value
+        key: f"{world}/{value}" if isinstance(value, str) and value.endswith(("jsonl", "pickled")) else value
         for key, value in changes.items()
     }
     with pytest.raises(ValueError, match=words):
         run_constitution(options(world, tmp_path / "out", **changes), model(world))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_policies_are_checked_before_the_first_one_answers(whole, world, tmp_path, monkeypatch):
+    """What a later policy cannot do is no surprise after hours of sampling the ones before."""
+    folder, _ = whole
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "model.safetensors").unlink()
+    paths = dict(zip(NAMES, (f"{world}/model", str(folder / "sft"), str(tmp_path / "policy")), strict=True))
+
+    def sampled(*args, **kwargs):
+        raise AssertionError("a policy was asked")
+
+    monkeypatch.setattr(constitution_evaluation, "evaluate_policy", sampled)
+    given = (options(world, tmp_path / "out"), Loading(torch.device("cpu")))
+    rest = (str(folder / "reward"), ["the lamp ?"], None)
+    with pytest.raises(ValueError, match="policy' has no weights"):
+        constitution_evaluation.measure_policies(tmp_path, *given, paths, *rest)
+    paths[NAMES[2]] = str(folder / "policy")
+    long = ("the lamp " * 2000, "the lamp ?")
+    with pytest.raises(ValueError, match="'helpful'.*exceed the model's context"):
+        constitution_evaluation.measure_policies(tmp_path, *given, paths, rest[0], list(long), None)
+
+
+def narrow(prompts, completions):
+    return [0.0] * len(completions)
 
 
 def test_what_a_run_cannot_do_is_said(world, tmp_path, whole, monkeypatch):

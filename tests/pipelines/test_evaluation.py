@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from rlhf_ext.functional.diversity import expectation_adjusted_distinct
 from rlhf_ext.metrics.reference_perplexity import ReferencePerplexity
+from rlhf_ext.models.build import shortest_context
 from rlhf_ext.models.reward_checkpoints import save_reward_config
 from rlhf_ext.models.scoring import ModelReward, load_reward_model, save_normalization
 from rlhf_ext.pipelines.evaluation import evaluate_reward_model
@@ -18,7 +19,7 @@ from rlhf_ext.pipelines.evaluation_policy import (
     Reference,
     Scorer,
     build_judge,
-    check_policy,
+    check_sampling,
     evaluate_policy,
     wins_by_judge,
     wins_by_score,
@@ -130,7 +131,7 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
     settings = PolicySettings(num_samples=2, max_completion_length=8, insult_words=INSULTS, batch_size=4)
     reference = Reference(base, tokenizer)
     columns = {"topic": ["a", "b", "c"]}
-    check_policy(policy, tokenizer, Dataset.from_dict({"prompt": prompts}), 8)
+    check_sampling(tokenizer, Dataset.from_dict({"prompt": prompts}), 8, shortest_context(policy))
     found = [
         evaluate_policy(name, model, tokenizer, prompts, scorers, settings, reference=reference, columns=columns)
         for name, model in (("policy", policy), ("base", base))
@@ -263,7 +264,7 @@ def test_what_cannot_be_measured_is_refused(tokenizer):
         scorer = Scorer("none", function=lambda prompts, **kwargs: [None] * len(prompts))
         evaluate_policy("p", policy, tokenizer, ["w1"], [scorer], settings)
     with pytest.raises(ValueError, match="context"):
-        check_policy(policy, tokenizer, Dataset.from_dict({"prompt": ["w1 " * 127]}), 8)
+        check_sampling(tokenizer, Dataset.from_dict({"prompt": ["w1 " * 127]}), 8, shortest_context(policy))
 
 
 def test_calibration_is_in_the_unit_of_training(tmp_path):
