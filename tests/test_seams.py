@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer, RewardTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer
 from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer import utils as trl_utils
@@ -73,6 +73,10 @@ SIGNATURES = {
     (RewardTrainer, "_prepare_dataset"): (
         ["self", "dataset", "processing_class", "args", "dataset_name"],
         "PreferenceRewardTrainer._prepare_dataset: general rows",
+    ),
+    (SFTTrainer, "_prepare_dataset"): (
+        ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+        "CompleteSFTTrainer._prepare_dataset: no label on the end of a text that was cut",
     ),
     (RewardTrainer, "_set_signature_columns_if_needed"): (["self"], "columns of candidates would be dropped"),
     (RewardTrainer, "_save"): (["self", "output_dir", "state_dict"], "reward_config.json beside the weights"),

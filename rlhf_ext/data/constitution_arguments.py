@@ -82,7 +82,7 @@ class ConstitutionArguments:
         default=None, metadata={"help": "Python scores for the measurement alone, as `module:function`."}
     )
     num_samples: int = field(default=4, metadata={"help": "Answers to each test prompt."})
-    num_shown: int = field(default=50, metadata={"help": "Prompts of each kind whose texts the report shows."})
+    num_shown: int = field(default=50, metadata={"help": "Prompts of one page of the report, which has all of them."})
     seed: int = field(default=42, metadata={"help": "Of everything."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether a checkpoint may run code of its own."})

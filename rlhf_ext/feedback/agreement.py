@@ -36,8 +36,10 @@ class AnnotatorReport(NamedTuple):
 
     Attributes:
         labels, skips, incomparable, ties (`int`): current labels (skips apart), and how many of them are such.
-        shared (`int`): labels on comparisons that somebody else labelled too.
-        agreement (`float` or `None`): share of the others' labels on those that say the same, mean over comparisons.
+        shared (`int`): labels on comparisons to which somebody else answered the same question.
+        agreement (`float` or `None`): share of the others' answers to it that say the same (rankings: whole ones),
+            mean over comparisons. With three candidates or more a ranking and a best one answer different questions,
+            as in [`agreement`], and are not held against each other.
         median_seconds (`float` or `None`): time a label took, of those with a time.
     """
 
@@ -74,9 +76,13 @@ def annotators(store: LabelStore, *, pool: str | None = None) -> dict[str, Annot
     for comparison, labels in store.labelled(pool=pool):
         for label in labels:
             by_name[label.annotator].append(label)
-        said = [(label.annotator, _saying(comparison, label)) for label in labels if label.kind in COUNTING]
-        for place, (name, value) in enumerate(said):
-            others = [other for spot, (_, other) in enumerate(said) if spot != place]
+        said = [
+            (label.annotator, _is_order(comparison, label), _saying(comparison, label))
+            for label in labels
+            if label.kind in COUNTING
+        ]
+        for place, (name, question, value) in enumerate(said):
+            others = [other for spot, (_, asked, other) in enumerate(said) if spot != place and asked == question]
             if others:
                 shares[name].append(others.count(value) / len(others))
     reports = {}
@@ -99,8 +105,8 @@ def _units(comparison: Comparison, labels: list[Label]) -> dict[str, list[list[A
     size = len(comparison.candidates)
     if size == 2:
         return {"pair": [[_saying(comparison, label) for label in labels]]}
-    rankings = [_saying(comparison, label) for label in labels if label.kind == "ranking"]
-    rest = [_saying(comparison, label) for label in labels if label.kind != "ranking"]
+    rankings = [_saying(comparison, label) for label in labels if _is_order(comparison, label)]
+    rest = [_saying(comparison, label) for label in labels if not _is_order(comparison, label)]
     found = {}
     if rest:
         found[f"best of {size}"] = [rest]
@@ -110,6 +116,11 @@ def _units(comparison: Comparison, labels: list[Label]) -> dict[str, list[list[A
     return found
 
 
+def _is_order(comparison: Comparison, label: Label) -> bool:
+    """Whether a label says an order, which is another question than which are best; of two candidates it is none."""
+    return label.kind == "ranking" and len(comparison.candidates) > 2
+
+
 def _saying(comparison: Comparison, label: Label) -> Any:
     """What a label says, so that equal sayings are equal values: positions in the order of checksums."""
     size = len(comparison.candidates)
@@ -117,7 +128,7 @@ def _saying(comparison: Comparison, label: Label) -> Any:
     place = {position: spot for spot, position in enumerate(order)}
     if label.kind == "incomparable":
         return "incomparable"
-    if label.kind == "ranking" and size > 2:
+    if _is_order(comparison, label):
         return tuple(place[position] for position in label.value)
     weights = answer_weights(label.kind, label.value, size) or []
     return tuple(sorted(place[position] for position in range(size) if weights[position] == max(weights)))

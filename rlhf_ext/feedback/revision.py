@@ -20,11 +20,13 @@ from .constitution import Principle
 
 @dataclass
 class Round:
-    """One critique and one revision, with the name of the principle that both were asked under."""
+    """One critique and one revision, with the name of the principle that both were asked under; `truncated` says that
+    the revision was cut by length and does not end where it stops."""
 
     principle: str
     critique: str
     revision: str
+    truncated: bool = False
 
 
 @dataclass
@@ -117,16 +119,14 @@ class Reviser:
                 self._request(transcript, [principle.critique])
                 for transcript, principle in zip(transcripts, asked, strict=True)
             ]
-            critiques = self._write(requests, 2 * number, title and f"{title}: critiques")
+            critiques, _ = self._write(requests, 2 * number, title and f"{title}: critiques")
             requests = [
                 self._request(transcript, [principle.critique, critique, principle.revision])
                 for transcript, principle, critique in zip(transcripts, asked, critiques, strict=True)
             ]
-            revisions = self._write(requests, 2 * number + 1, title and f"{title}: revisions")
-            for transcript, principle, critique, revision in zip(
-                transcripts, asked, critiques, revisions, strict=True
-            ):
-                transcript.rounds.append(Round(principle.name, critique, revision))
+            revisions, cut = self._write(requests, 2 * number + 1, title and f"{title}: revisions")
+            for transcript, principle, *made in zip(transcripts, asked, critiques, revisions, cut, strict=True):
+                transcript.rounds.append(Round(principle.name, *made))
         return transcripts
 
     def _draw(self, transcript: Transcript) -> list[Principle]:
@@ -149,9 +149,10 @@ class Reviser:
         lines += [f"{label}: {turn.strip()}" for label, turn in zip(labels, turns, strict=False)]
         return self.few_shots + "\n\n".join(lines) + f"\n\n{labels[len(turns)]}:"
 
-    def _write(self, requests: list[Any], step: int, title: str | None) -> list[str]:
+    def _write(self, requests: list[Any], step: int, title: str | None) -> tuple[list[str], list[bool]]:
+        """Texts, and whether each was cut by length."""
         set_seed(self.seed + step)
-        texts = sample_completions(
+        samples = sample_completions(
             self.model,
             self.tokenizer,
             requests,
@@ -160,15 +161,20 @@ class Reviser:
             batch_size=self.batch_size,
             progress=title,
             eos_token_ids=end_token_ids(self.model, self.tokenizer),
-        ).texts
+        )
+        if self.uses_chat:
+            return samples.texts, samples.truncated
         # A base model goes on with the next part of the document; it ends at an empty line.
-        return texts if self.uses_chat else [text.split("\n\n")[0].strip() for text in texts]
+        parts = [text.partition("\n\n") for text in samples.texts]
+        cut = [flag and not line for flag, (_, line, _) in zip(samples.truncated, parts, strict=True)]
+        return [text.strip() for text, _, _ in parts], cut
 
 
 def revision_rows(transcripts: Sequence[Transcript]) -> list[dict[str, str]]:
-    """Rows `{"prompt", "completion"}` for supervised fine-tuning on the last revisions; empty ones are left out."""
+    """Rows `{"prompt", "completion"}` for supervised fine-tuning on the last revisions; empty ones are left out, and
+    those that were cut: fine-tuning ends every text, and would teach to stop in the middle of a sentence."""
     return [
         {"prompt": transcript.prompt, "completion": f" {transcript.revision.strip()}"}
         for transcript in transcripts
-        if transcript.revision.strip()
+        if transcript.revision.strip() and not (transcript.rounds and transcript.rounds[-1].truncated)
     ]

@@ -274,24 +274,29 @@ class LabelStore:
             queries.count_missing(connection, [comparison_id])
         return label
 
-    def undo(self, annotator: str, label_id: int, *, lease_seconds: float = LEASE_SECONDS) -> Label:
+    def undo(
+        self, annotator: str, label_id: int, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS
+    ) -> Label:
         """
         Take an own label back. The comparison is leased to the annotator, whose next [`claim`] gives it again.
 
-        Undoing the same label twice is undoing it once.
+        Undoing the same label twice is undoing it once. With `pool` a label of another one is refused.
 
         Returns:
             `Label`: the row of kind `undo`.
 
         Raises:
-            LabelRefused: `unknown` if it is no label of the annotator, `stale` if a correction stands in its place.
+            LabelRefused: `unknown` if it is no label of the annotator (in the pool), `stale` if a correction stands in
+                its place.
         """
         _check_lease(lease_seconds)
         with self.database.write(exclusive=True) as connection:
             label = _by_id(connection, label_id)
             if label is None or label.annotator != annotator or label.kind == UNDO:
                 raise LabelRefused("unknown", f"Annotator {annotator!r} has no label {label_id}.")
-            queries.lock(connection, label.comparison_id)
+            locked = queries.lock(connection, label.comparison_id)
+            if pool is not None and locked.pool != pool:
+                raise LabelRefused("unknown", f"Annotator {annotator!r} has no label {label_id} in the pool {pool!r}.")
             now = self.database.now(connection)
             row = connection.execute(
                 select(*queries.LABEL_COLUMNS).where(labels.c.supersedes == label_id)
@@ -364,9 +369,13 @@ class LabelStore:
             query = select(*queries.LABEL_COLUMNS).where(labels.c.comparison_id == comparison_id).order_by(labels.c.id)
             return [Label(*row) for row in connection.execute(query)]
 
-    def labels_of(self, annotator: str, *, limit: int = 50, before: int | None = None) -> list[Label]:
+    def labels_of(
+        self, annotator: str, *, pool: str | None = None, limit: int = 50, before: int | None = None
+    ) -> list[Label]:
         """An annotator's own current labels, newest first; `before` is the id of the last one seen, for paging."""
         query = select(*queries.LABEL_COLUMNS).where(labels.c.annotator == annotator, queries.is_current())
+        if pool is not None:
+            query = query.join(comparisons).where(comparisons.c.pool == pool)
         if before is not None:
             query = query.where(labels.c.id < before)
         with self.database.read() as connection:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl import ModelConfig, get_quantization_config
 
 from ..data.constitution_arguments import ConstitutionArguments
-from ..data.loading import load_rows, require_columns
+from ..data.loading import load_rows, prompt_key, require_columns
 from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
 from ..models.hub import check_model_name, find_file
 from .constitution_evaluation import NAMES, measure_policies
@@ -137,6 +137,25 @@ class _Run:
             quantization=get_quantization_config(model_args),
         )
         self.found: dict[str, Any] = {}
+        self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """Refuses test prompts on which something of the run is trained: scores on them would not be held out."""
+        args = self.args
+        trained = {"red_team_prompts": self.red_team, "helpful_prompts": self.prompts[len(self.red_team) :]}
+        trained["helpful_rows"] = [row["prompt"] for row in helpful_rows(args)]
+        trained["helpful_pairs"] = [row["prompt"] for row in helpful_pairs(args)]
+        test = {prompt_key({"prompt": as_prompt(prompt, args.as_messages)}): prompt for prompt in self.test}
+        for name, prompts in trained.items():
+            keys = {
+                prompt_key({"prompt": as_prompt(prompt, args.as_messages) if isinstance(prompt, str) else prompt})
+                for prompt in prompts
+            }
+            if both := [prompt for key, prompt in test.items() if key in keys]:
+                raise ValueError(
+                    f"{len(both)} of {len(test)} `test_prompts` stand in `{name}` too, {both[0][:60]!r} for one. Take "
+                    "them out of one of the two: what the run is trained on measures nothing."
+                )
 
     def all_steps(self) -> dict[str, Any]:
         args, loading, at = self.args, self.loading, self.folder

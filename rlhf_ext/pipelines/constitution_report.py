@@ -19,6 +19,8 @@ NOTE = """The policy is paid for what the judge took for good, right or wrong: r
 scores."""
 TOY_NOTE = """The toy world tests the pipeline, not a judge: its judge is a small model trained on transcripts with
 faults built in. It never sees the true scores ("gold"), by which only the table below is made."""
+MAX_BYTES = 16 * 2**20
+"""Of the texts of one kind, with their markup: three of them are what a browser opens in seconds."""
 JUDGE = {
     "pairs": "held-out pairs, one answer with an insult",
     "error": "errors, both orders averaged",
@@ -36,7 +38,8 @@ def write_constitution_report(folder: Path, found: dict[str, Any], num_shown: in
 
     Args:
         found (`dict`): what each finished step recorded, by its name.
-        num_shown (`int`): prompts of each kind whose texts are shown, the first ones.
+        num_shown (`int`): prompts of one collapsed page of texts. All prompts are there, as long as the texts of
+            a kind take at most `MAX_BYTES`; how many do not fit, and where they lie, is said.
         names (`Sequence[str]`): of the policies.
     """
     sections = [f'<p class="note">{NOTE}</p>']
@@ -107,29 +110,43 @@ def _curves(history: Sequence[dict[str, float]]) -> str:
 
 
 def _browse(title: str, rows: Sequence[dict[str, Any]], num_shown: int, show: Any) -> list[str]:
-    shown = rows[:num_shown]
-    note = f"The first {len(shown)} of {len(rows)} prompts." if len(shown) < len(rows) else f"All {len(rows)} prompts."
-    blocks = [
-        f"<details><summary>{number}. {escape(_short(row['prompt']))}</summary>{show(row)}</details>"
-        for number, row in enumerate(shown, start=1)
+    """Every prompt with its texts, in pages that a browser lays out when they are opened."""
+    blocks, left = [], MAX_BYTES
+    for number, row in enumerate(rows, start=1):
+        block = f"<details><summary>{number}. {escape(_short(row['prompt']))}</summary>{show(row)}</details>"
+        left -= len(block.encode())
+        if left < 0:
+            break
+        blocks.append(block)
+    note = f"All {len(rows)} prompts."
+    if len(blocks) < len(rows):
+        note = (
+            f"The first {len(blocks)} of {len(rows)} prompts: this page has at most {MAX_BYTES:,} bytes of them. All "
+            "stand in the .jsonl file of their step."
+        )
+    pages = [
+        f'<details class="page"><summary>{start + 1} to {min(start + num_shown, len(blocks))}</summary>'
+        f"{''.join(blocks[start : start + num_shown])}</details>"
+        for start in range(0, len(blocks), num_shown)
     ]
-    return [f"<h2>{escape(title)}</h2>", f'<p class="note">{note}</p>', *blocks]
+    return [f"<h2>{escape(title)}</h2>", f'<p class="note">{note}</p>', *(pages if len(pages) > 1 else blocks)]
 
 
 def _transcript(row: dict[str, Any]) -> str:
-    lines = [["prompt", row["prompt"]], ["answer", row["answer"]]]
+    lines = [["prompt", row["prompt"]], [f"answer{_cut(row.get('truncated'))}", row["answer"]]]
     for number, step in enumerate(row["rounds"], start=1):
         lines += [
             [f"round {number}: principle", step["principle"]],
             [f"round {number}: critique", step["critique"]],
-            [f"round {number}: revision", step["revision"]],
+            [f"round {number}: revision{_cut(step.get('truncated'))}", step["revision"]],
         ]
     return table(["", "text"], lines, text=(0, 1))
 
 
 def _pair(row: dict[str, Any]) -> str:
     first, second = row["completions"]
-    lines = [["prompt", row["prompt"]], ["first", first], ["second", second]]
+    one, other = row.get("truncated", (False, False))
+    lines = [["prompt", row["prompt"]], [f"first{_cut(one)}", first], [f"second{_cut(other)}", second]]
     lines += [["label: P(first is better)", _number(row["target"][0])]]
     thoughts = row["thoughts"]
     for place, name in enumerate(row["principles"]):
@@ -145,6 +162,11 @@ def _pair(row: dict[str, Any]) -> str:
 def _samples(row: dict[str, Any]) -> str:
     answers = row["answers"]
     return table(["prompt", *answers], [[row["prompt"], *answers.values()]], text=range(1 + len(answers)))
+
+
+def _cut(truncated: bool | None) -> str:
+    """Behind the name of a text; runs of an older version do not say it."""
+    return " (cut by length)" if truncated else ""
 
 
 def _short(text: str, length: int = 100) -> str:

@@ -72,10 +72,10 @@ def sample(
     *,
     num_samples: int,
     seed: int,
-) -> list[list[str]]:
-    """`num_samples` answers to each prompt."""
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """`num_samples` answers to each prompt, and whether each was cut by length."""
     set_seed(seed)
-    texts = sample_completions(
+    samples = sample_completions(
         model,
         tokenizer,
         [as_prompt(prompt, args.as_messages) for prompt in prompts],
@@ -84,8 +84,10 @@ def sample(
         temperature=args.temperature,
         batch_size=args.batch_size,
         eos_token_ids=end_token_ids(model, tokenizer),
-    ).texts
-    return [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
+    )
+    starts = range(0, len(samples.texts), num_samples)
+    texts, cut = ([of[start : start + num_samples] for start in starts] for of in (samples.texts, samples.truncated))
+    return texts, cut
 
 
 def write_responses(
@@ -95,11 +97,18 @@ def write_responses(
     model, tokenizer = loading.model(policy, revision)
 
     def make(chunk: list[str], number: int) -> list[dict[str, Any]]:
-        texts = sample(args, model, tokenizer, list(chunk), num_samples=1, seed=args.seed + number)
-        return [{"prompt": prompt, "answer": text} for prompt, (text,) in zip(chunk, texts, strict=True)]
+        texts, cut = sample(args, model, tokenizer, list(chunk), num_samples=1, seed=args.seed + number)
+        return [
+            {"prompt": prompt, "answer": text, "truncated": flag}
+            for prompt, (text,), (flag,) in zip(chunk, texts, cut, strict=True)
+        ]
 
     rows = write_in_chunks(folder / ROWS, prompts, make, chunk_size=args.chunk_size, title="answers")
-    return {"answers": len(rows), "empty": sum(not row["answer"].strip() for row in rows)}
+    return {
+        "answers": len(rows),
+        "empty": sum(not row["answer"].strip() for row in rows),
+        "truncated": sum(row["truncated"] for row in rows) / len(rows),
+    }
 
 
 def write_revisions(
@@ -127,7 +136,8 @@ def write_revisions(
         )
         prompts = [row["prompt"] for row in chunk]
         answers = [as_completion(row["prompt"], row["answer"], False) for row in chunk]
-        return [transcript.row() for transcript in reviser.revise(prompts, answers)]
+        revised = reviser.revise(prompts, answers)
+        return [{**made.row(), "truncated": row["truncated"]} for made, row in zip(revised, chunk, strict=True)]
 
     rows = write_in_chunks(
         folder / TRANSCRIPTS, read_jsonl(responses), make, chunk_size=args.chunk_size, title="revisions"
@@ -139,6 +149,7 @@ def write_revisions(
         "rounds": args.num_rounds,
         "changed": sum(changed) / len(rows),
         "empty": sum(not text for text in last),
+        "truncated": sum(row["rounds"][-1]["truncated"] for row in rows) / len(rows),
     }
 
 
@@ -149,8 +160,11 @@ def _sample_pairs(
 
     def make(chunk: list[str], number: int) -> list[dict[str, Any]]:
         seed = args.seed + 500_000 + number  # not the noise of the first answers
-        texts = sample(args, model, tokenizer, list(chunk), num_samples=2, seed=seed)
-        return [{"prompt": prompt, "completions": pair} for prompt, pair in zip(chunk, texts, strict=True)]
+        texts, cut = sample(args, model, tokenizer, list(chunk), num_samples=2, seed=seed)
+        return [
+            {"prompt": prompt, "completions": pair, "truncated": flags}
+            for prompt, pair, flags in zip(chunk, texts, cut, strict=True)
+        ]
 
     return write_in_chunks(path, prompts, make, chunk_size=args.chunk_size, title="pairs")
 
@@ -205,6 +219,7 @@ def summarize_labels(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "pairs": len(rows),
         "identical": sum(len(set(row["completions"])) == 1 for row in rows),
+        "truncated": sum(sum(row["truncated"]) for row in rows) / (2 * len(rows)),
         "position_bias": position_bias(one, other).item(),
         "swap_disagreement": swap_disagreement(one, other).item(),
         "label_entropy": label_entropy(targets).item(),

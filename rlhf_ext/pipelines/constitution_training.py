@@ -7,29 +7,25 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from ..data.constitution_arguments import TRAINERS, ConstitutionArguments
 from ..data.evaluation_rows import evaluation_rows
 from ..data.jsonl import read_jsonl
 from ..data.loading import load_rows, require_columns
 from ..models.base_quantization import save_base_quantization
-from ..models.checkpoints import CompleteCheckpointMixin
 from ..models.scoring import treated_score
 from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_trainer import PreferenceRewardTrainer
+from .constitution_sft import CompleteSFTTrainer
 from .constitution_texts import as_completion, as_prompt
 from .finished_runs import has_checkpoint
 
 
 CONFIGS = dict(zip(TRAINERS, (SFTConfig, PreferenceRewardConfig, PPOConfig), strict=True))
 FOLDERS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
-
-
-class CompleteSFTTrainer(CompleteCheckpointMixin, SFTTrainer):
-    """TRL's trainer, with checkpoints that are complete or absent."""
 
 
 @dataclass
@@ -91,12 +87,14 @@ def build_configs(args: ConstitutionArguments, model_args: ModelConfig) -> dict[
 
 
 def train_sft(folder: Path, training: Training, model: str, transcripts: Path) -> dict[str, Any]:
-    """Fine-tune the helpful policy on the last revisions, mixed with helpful rows."""
+    """Fine-tune the helpful policy on the last revisions, mixed with helpful rows. A revision that was cut is trained
+    on without an end; the share of such is `truncated`."""
     args, as_messages = training.args, training.args.as_messages
     rows = [
         {
             "prompt": as_prompt(row["prompt"], as_messages),
             "completion": as_completion(row["prompt"], row["rounds"][-1]["revision"], as_messages),
+            "truncated": row["rounds"][-1]["truncated"],
         }
         for row in read_jsonl(transcripts)
         if row["rounds"][-1]["revision"].strip()
@@ -108,7 +106,7 @@ def train_sft(folder: Path, training: Training, model: str, transcripts: Path) -
     trainer = CompleteSFTTrainer(
         model=model,
         args=training.config("sft", folder, model),
-        train_dataset=Dataset.from_list([*rows, *helpful]),
+        train_dataset=Dataset.from_list([*rows, *({**row, "truncated": False} for row in helpful)]),
         processing_class=tokenizer,
         quantization_config=get_quantization_config(training.model_args),
         peft_config=get_peft_config(training.model_args),
@@ -117,17 +115,23 @@ def train_sft(folder: Path, training: Training, model: str, transcripts: Path) -
     tokenizer.save_pretrained(folder)
     if training.model_args.use_peft:
         save_base_quantization(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), str(folder))
-    return {"revisions": len(rows), "helpful": len(helpful), **result}
+    cut = sum(row["truncated"] for row in rows) / len(rows)
+    return {"revisions": len(rows), "truncated": cut, "helpful": len(helpful), **result}
 
 
 def train_reward(folder: Path, training: Training, model: str, labels: Path) -> dict[str, Any]:
-    """A reward model on the judge's soft labels, mixed with people's pairs on helpfulness."""
+    """A reward model on the judge's soft labels, mixed with people's pairs on helpfulness. An answer that was cut gets
+    no end, as PPO scores it where it is cut."""
     args, tokenizer = training.args, training.tokenizer(model)
     judged = [
         {
             "prompt": as_prompt(row["prompt"], args.as_messages),
             "completions": [as_completion(row["prompt"], text, args.as_messages) for text in row["completions"]],
             "target": row["target"],
+            # Without a token there is nothing that could be scored but the end.
+            "truncated": [
+                cut and bool(text.strip()) for text, cut in zip(row["completions"], row["truncated"], strict=True)
+            ],
         }
         for row in read_jsonl(labels)
         if len(set(row["completions"])) > 1  # equal answers teach nothing
@@ -196,7 +200,8 @@ def helpful_pairs(args: ConstitutionArguments) -> list[dict[str, Any]]:
         raise ValueError(
             f"`helpful_pairs` has a ranking at row {rankings[0]}; beside soft labels give pairs or `target`."
         )
-    return [{name: row[name] for name in ("prompt", "completions", "target")} for row in rows]
+    names = [name for name in ("prompt", "completions", "target", "truncated") if name in rows.column_names]
+    return [{name: row[name] for name in names} for row in rows]
 
 
 def check_text(value: Any, name: str, place: int, column: str = "prompt") -> None:
@@ -215,8 +220,10 @@ def _together(judged: list[dict[str, Any]], people: list[dict[str, Any]]) -> Dat
     first = Dataset.from_list(judged)
     if not people:
         return first
+    ends = {"truncated": [False, False]}  # of pairs that say nothing of it
     features = Features({**first.features, "target": List(Value("float64"))})
-    return concatenate_datasets([part.cast(features) for part in (first, Dataset.from_list(people))])
+    second = Dataset.from_list([{**ends, **row} for row in people]).select_columns(list(features))
+    return concatenate_datasets([part.cast(features) for part in (first, second)])
 
 
 def _train(trainer: Any, folder: Path) -> dict[str, Any]:

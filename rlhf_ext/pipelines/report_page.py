@@ -23,6 +23,7 @@ th.number { text-align: right; }
 .card { border: 1px solid #dde3ea; border-radius: .4rem; padding: .5rem .7rem; min-width: 0; }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; } .prompt { margin: 1.2rem 0; }
 .asked { margin: 0 0 .4rem; font-weight: 600; } summary { cursor: pointer; overflow-wrap: anywhere; }
+.page > details { margin-left: 1.2rem; }
 """
 
 

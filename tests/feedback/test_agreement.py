@@ -96,6 +96,25 @@ def test_more_candidates_and_rankings(store):
     assert reports["ann"].agreement == pytest.approx((0 + 1 / 2) / 2)
 
 
+def test_different_questions_are_not_held_against_each_other(store):
+    """A ranking of three against a best one, or against "all equal": neither agreement nor the lack of it."""
+    ids = add(store, 3, ("a", "b", "c"))
+    by_checksum = sorted(range(3), key=lambda place: store.comparison(ids[1]).candidates[place].checksum)
+    store.submit("ann", ids[0], "ranking", [2, 0, 1])
+    store.submit("bob", ids[0], "best", 2)
+    store.submit("ann", ids[1], "ranking", by_checksum)
+    store.submit("bob", ids[1], "tie")
+    assert [(name, report.shared, report.agreement) for name, report in annotators(store).items()] == [
+        ("ann", 0, None),
+        ("bob", 0, None),
+    ]
+    store.submit("ann", ids[2], "best", 1)
+    store.submit("bob", ids[2], "best", 1)
+    store.submit("cy", ids[2], "ranking", [1, 0, 2])
+    reports = annotators(store)
+    assert (reports["ann"].shared, reports["ann"].agreement, reports["cy"].agreement) == (1, 1.0, None)
+
+
 def test_undone_labels_and_other_pools_do_not_count(store):
     ids = add(store, 2)
     label(store, ids, ann="0 0", bob="0 1")

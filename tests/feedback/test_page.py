@@ -2,6 +2,8 @@
 
 import json
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.testclient import TestClient
@@ -48,7 +50,7 @@ def test_a_label_is_of_the_answer_that_was_shown(store):
     anna = client(store, "anna")
     task = task_of(anna)
     assert task_of(anna) == task  # a reload shows the same, in the same order
-    assert set(task) == {"comparison_id", "prompt", "completions"}  # no policy, nobody's label
+    assert set(task) == {"comparison_id", "prompt", "completions", "truncated"}  # no policy, nobody's label
     chosen = task["completions"][2]
     answer = {"comparison_id": task["comparison_id"], "kind": "best", "value": 2, "seconds": 3.5, "comment": "clear"}
     found = anna.post("/api/label", json={**answer, "key": "k1"}).json()
@@ -102,9 +104,22 @@ def test_rankings_ties_skips_and_undo(store):
     [
         ({"kind": "best", "value": 4}, "position"),
         ({"kind": "best", "value": True}, "position"),
+        ({"kind": "best", "value": 0.0}, "position"),  # the store takes it for 0, which is another candidate
+        ({"kind": "best", "value": 10**400}, "position"),
+        ({"kind": "best"}, "position"),
+        ({"kind": "tie", "value": [0, 1.0]}, "position"),
+        ({"kind": "target", "value": [1.0, 0, 0, 0]}, "kind"),
+        ({"kind": ["best"]}, "kind"),
         ({"kind": "ranking", "value": [0, 0, 1, 2]}, "every position"),
         ({"kind": "undo"}, "kind"),
         ({"kind": "tie", "seconds": -1}, "seconds"),
+        ({"kind": "tie", "seconds": "x"}, "seconds"),
+        ({"kind": "tie", "seconds": [1]}, "seconds"),
+        ({"kind": "tie", "seconds": True}, "seconds"),
+        ({"kind": "tie", "seconds": 10**400}, "seconds"),
+        ({"kind": "tie", "key": 1}, "key"),
+        ({"kind": "tie", "comparison_id": 10**30}, "comparison_id"),
+        ({"kind": "tie", "comparison_id": 1.0}, "comparison_id"),
         ({"kind": "tie", "comment": "x" * 4001}, "comment"),
         ({"kind": "tie", "comment": ["x"]}, "comment"),
     ],
@@ -145,11 +160,104 @@ def test_calls_from_elsewhere_are_refused(store):
 
 def test_every_answer_carries_the_policy(store):
     caller = client(store)
-    for path in ("/", "/static/page.js", "/api/session", "/nothing"):
+    for path in ("/", "/static/page.js", "/api/session", "/nothing", "/api/task"):
         policy = caller.get(path).headers["content-security-policy"]
         assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
     assert caller.get("/", headers={"Host": "evil.example"}).headers["x-content-type-options"] == "nosniff"
     assert "<script>" not in caller.get("/").text  # all of it from files, as the policy wants
+
+
+def test_a_fault_of_the_server_carries_the_policy_too(store, monkeypatch):
+    fill(store)
+    app = build_app(store)
+    anna = TestClient(app, base_url=URL, raise_server_exceptions=False)
+    anna.post("/api/login", json={"name": "anna"})
+    monkeypatch.setattr(store, "claim", lambda *args, **kwargs: 1 / 0)
+    failed = anna.post("/api/task", json={})
+    assert failed.status_code == 500 and failed.json()["reason"] == "failed" and "division" not in failed.text
+    assert "default-src 'none'" in failed.headers["content-security-policy"]
+    deep = anna.post("/api/task", content='{"a":' * 10_000, headers={"Content-Type": "application/json"})
+    assert deep.status_code == 400 and deep.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_page_of_one_pool_touches_no_other(store):
+    (old,) = store.add([NewComparison("first round", [Candidate("a"), Candidate("b")])], pool="one")
+    store.add([NewComparison("second round", [Candidate("c"), Candidate("d")])], pool="two")
+    store.claim("anna", pool="one")
+    label = store.submit("anna", old, "best", 0)
+    anna = client(store, "anna", pool="two")
+    assert anna.get("/api/labels").json()["labels"] == []
+    refused = anna.post("/api/undo", json={"label_id": label.id})
+    assert refused.status_code == 409 and refused.json()["reason"] == "unknown"
+    assert store.labels_of("anna") == [label] and task_of(anna)["prompt"] == "second round"
+    everywhere = client(store, "anna")
+    assert everywhere.get("/api/labels").json()["labels"][0]["id"] == label.id
+    assert client(store, "anna", pool="one").post("/api/undo", json={"label_id": label.id}).status_code == 200
+
+
+def test_annotators_learn_which_texts_were_cut(store):
+    store.add([NewComparison("?", [Candidate("whole"), Candidate("cu", truncated=True), Candidate("whole too")])])
+    task = task_of(client(store, "anna"))
+    assert dict(zip(task["completions"], task["truncated"], strict=True)) == {
+        "whole": False,
+        "cu": True,
+        "whole too": False,
+    }
+
+
+def test_guidelines_are_for_those_who_logged_in(store, tmp_path):
+    accounts = Accounts(tmp_path / "users.json")
+    accounts.set_password("anna", "correct horse")
+    stranger = client(store, guidelines="our rules", accounts=accounts)
+    assert "our rules" not in stranger.get("/api/session").text
+    anna = client(store, "anna", "correct horse", guidelines="our rules", accounts=accounts)
+    assert anna.get("/api/session").json()["guidelines"] == "our rules"
+
+
+def test_a_session_ends_with_its_password(store, tmp_path):
+    fill(store)
+    accounts = Accounts(tmp_path / "users.json")
+    accounts.set_password("anna", "correct horse")
+    accounts.set_password("bo", "battery staple")
+    app = build_app(store, accounts=accounts)
+    anna, bo = (TestClient(app, base_url=URL) for _ in range(2))
+    for caller, name, password in ((anna, "anna", "correct horse"), (bo, "bo", "battery staple")):
+        assert caller.post("/api/login", json={"name": name, "password": password}).status_code == 200
+    # By another process, as `rlhf-ext label-user` is one.
+    Accounts(tmp_path / "users.json").set_password("anna", "another horse")
+    assert anna.post("/api/task", json={}).status_code == 401
+    assert anna.get("/api/session").json()["name"] is None
+    assert task_of(bo) is not None
+    saved = json.loads((tmp_path / "users.json").read_text())
+    (tmp_path / "users.json").write_text(json.dumps({"anna": saved["anna"]}))
+    assert bo.post("/api/task", json={}).status_code == 401
+    assert anna.post("/api/login", json={"name": "anna", "password": "another horse"}).status_code == 200
+    assert task_of(anna) is not None
+
+
+def test_tries_at_once_are_counted_before_they_are_checked(store, tmp_path, monkeypatch):
+    accounts = Accounts(tmp_path / "users.json")
+    accounts.set_password("anna", "correct horse")
+    caller = client(store, accounts=accounts)
+    checked, all_in = [], threading.Event()
+
+    def check(name, password):
+        checked.append(password)
+        all_in.wait(timeout=20)  # as long as the others take to get here
+        return False
+
+    monkeypatch.setattr(accounts, "check", check)
+
+    def attempt(number):
+        answer = caller.post("/api/login", json={"name": "anna", "password": f"guess {number}"}).status_code
+        if answer == 429:
+            all_in.set()  # the eleventh was refused while ten are being checked
+        return answer
+
+    with ThreadPoolExecutor(20) as threads:
+        found = list(threads.map(attempt, range(20)))
+    assert len(checked) == 10 and sorted(found) == [403] * 10 + [429] * 10
+    assert Sessions().may_try("anna")
 
 
 def test_nobody_labels_without_a_login(store, tmp_path):

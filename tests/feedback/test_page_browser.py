@@ -142,6 +142,18 @@ def test_markup_in_a_completion_stays_text(store, page_of):
     assert page.title() != "owned" and any("Content Security Policy" in fault for fault in page.faults)
 
 
+def test_a_cut_answer_says_so(store, page_of):
+    texts = [Candidate("It is so because", truncated=True), Candidate("It is so.")]
+    store.add([NewComparison("Why?", texts), NewComparison("Why not?", texts)])
+    page = page_of("anna")
+    shown(page)
+    notes = page.locator(".candidate").evaluate_all("all => all.map(box => box.innerText.includes('Cut here'))")
+    assert notes == [text == "It is so because" for text in shown(page)[1]]
+    page.click("#language")
+    assert "截断" in page.locator(".cut").inner_text()
+    assert page.faults == []
+
+
 def test_a_reload_goes_on_where_it_was(store, page_of):
     fill(store, 3)
     page = page_of("anna")

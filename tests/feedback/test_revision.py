@@ -23,7 +23,7 @@ def heard(monkeypatch):
         for prompt in prompts:
             texts.append(f" reply {len(requests)}\n\nCritique request: more")
             requests.append(prompt)
-        return Samples(prompts, texts, [], [], [])
+        return Samples(prompts, texts, [], [], [True] * len(texts))
 
     monkeypatch.setattr(revision, "sample_completions", reply)
     return requests
@@ -51,12 +51,31 @@ def test_a_revision_is_the_answer_of_the_next_round(heard):
     assert heard[4] == f"SHOTS\n\n{PROMPTS[0]} reply 2\n\nCritique request: criticise {two}\n\nCritique:"
     assert [(r.critique, r.revision) for r in first.rounds] == [("reply 0", "reply 2"), ("reply 4", "reply 6")]
     assert (first.answer, first.revision, second.revision) == (" good", "reply 6", "reply 7")
-    assert first.row()["rounds"][1] == {"principle": two, "critique": "reply 4", "revision": "reply 6"}
+    # Cut by length, but behind the empty line where the revision ends.
+    assert first.row()["rounds"][1] == {
+        "principle": two,
+        "critique": "reply 4",
+        "revision": "reply 6",
+        "truncated": False,
+    }
     assert revision_rows([first, Transcript("p", " ")]) == [{"prompt": PROMPTS[0], "completion": " reply 6"}]
+
+
+def test_a_revision_that_is_cut_is_no_row(monkeypatch):
+    """Cut texts before an empty line came; the second revision ends by itself, and only the last one counts."""
+    replies = iter([["a", "b"], ["cu", "cu"], ["c", "d"], ["whole", "agai"]])
+    flags = iter([[False, False], [True, True], [True, True], [False, True]])
+    monkeypatch.setattr(
+        revision, "sample_completions", lambda m, t, prompts, **_: Samples(prompts, next(replies), [], [], next(flags))
+    )
+    transcripts = reviser(base_tokenizer(), num_rounds=2).revise(PROMPTS, ANSWERS)
+    assert [[part.truncated for part in made.rounds] for made in transcripts] == [[True, False], [True, True]]
+    assert revision_rows(transcripts) == [{"prompt": PROMPTS[0], "completion": " whole"}]
 
 
 def test_chat_models_are_asked_in_turns(heard):
     (transcript,) = reviser(tiny_tokenizer()).revise(["w1"], ["good"])
+    assert transcript.rounds[0].truncated  # no document that goes on: the turn was cut
     name = transcript.rounds[0].principle
     assert [(turn["role"], turn["content"]) for turn in heard[1]] == [
         ("user", "w1"),

@@ -183,6 +183,17 @@ def test_undo_and_correction_add_rows(store):
     check_counts(store)
 
 
+def test_undo_and_own_labels_of_a_pool(store):
+    (one,), (two,) = (store.add([new("p")], pool=pool) for pool in ("one", "two"))
+    first, second = (store.submit("ann", id, "best", 0) for id in (one, two))
+    assert store.labels_of("ann", pool="one") == [first] and store.labels_of("ann") == [second, first]
+    with pytest.raises(LabelRefused, match="no label.*in the pool 'two'"):
+        store.undo("ann", first.id, pool="two")
+    assert store.labels_of("ann") == [second, first]
+    assert store.undo("ann", first.id, pool="one").supersedes == first.id
+    assert store.labels_of("ann") == [second]
+
+
 def test_undo_shows_the_undone_first(store):
     ids = store.add([new("p"), new("q")])
     store.claim("ann")

@@ -1,19 +1,28 @@
 """Constitutional AI on a tiny random model: every step, killed and gone on with, refused input, hostile text."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from trl import ModelConfig
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.constitution import load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge, Verdicts
-from rlhf_ext.pipelines import constitution, constitution_evaluation, constitution_texts, constitution_training
+from rlhf_ext.pipelines import (
+    constitution,
+    constitution_evaluation,
+    constitution_report,
+    constitution_sft,
+    constitution_texts,
+    constitution_training,
+)
 from rlhf_ext.pipelines.chunked_rows import write_in_chunks
 from rlhf_ext.pipelines.constitution import run_constitution
 from rlhf_ext.pipelines.constitution_evaluation import NAMES
@@ -131,10 +140,33 @@ def test_every_step_keeps_what_it_made(whole, world):
     assert "score/harmless" in found["evaluation"]["policies"]["rl-cai"]
     assert found["evaluation"]["wins"]["rl-cai"].keys() == {"reward", "harmless"}
     html = (folder / "report.html").read_text()
-    assert html.count("<details>") == 9 and "first 3 of 8 prompts" in html
+    assert html.count("<details>") == 8 + 8 + 4 and "All 8 prompts." in html  # every prompt, in pages of 3
+    assert re.findall(r'class="page"><summary>([^<]*)', html) == ["1 to 3", "4 to 6", "7 to 8"] * 2 + [
+        "1 to 3",
+        "4 to 4",
+    ]
     assert "<script" not in html and "default-src 'none'" in html
     for text in (transcripts[0]["rounds"][1]["critique"], labels[2]["completions"][1], labels[0]["principles"][1]):
         assert text in html
+    # What was cut says so: in the texts, in the numbers, on the page.
+    for row in answers:
+        cut = len(tokenizer_of(world)(row["answer"])["input_ids"]) == 8
+        assert row["truncated"] is cut or not cut  # a special token may be left out of the text
+    share = sum(row["truncated"] for row in answers) / 8
+    assert found["responses"]["truncated"] == share > 0
+    shares = [
+        sum(row["rounds"][-1]["truncated"] for row in transcripts) / 8,
+        sum(sum(r["truncated"]) for r in labels) / 16,
+    ]
+    assert [found["revisions"]["truncated"], found["labels"]["truncated"]] == shares
+    assert [row["truncated"] for row in transcripts] == [row["truncated"] for row in answers]
+    trained = [row["rounds"][-1]["truncated"] for row in transcripts if row["rounds"][-1]["revision"].strip()]
+    assert (found["sft"]["revisions"], found["sft"]["truncated"]) == (len(trained), sum(trained) / len(trained))
+    assert html.count("answer (cut by length)") == share * 8
+
+
+def tokenizer_of(world):
+    return AutoTokenizer.from_pretrained(world / "model")
 
 
 def test_a_finished_run_repeats_nothing(whole, world, monkeypatch):
@@ -280,6 +312,11 @@ def poisoned(value):
         ({"principles_per_pair": 9}, "`principles_per_pair` is 9"),
         ({"red_team_prompts": None}, "red_team_prompts"),
         ({"red_team_prompts": "turns.jsonl"}, "`red_team_prompts`: prompt of row 0.*as_messages"),
+        ({"test_prompts": "red.jsonl"}, "8 of 8 `test_prompts` stand in `red_team_prompts` too"),
+        ({"helpful_prompts": "test.jsonl"}, "4 of 4 `test_prompts` stand in `helpful_prompts` too"),
+        ({"test_prompts": "rows.jsonl"}, "`test_prompts` stand in `helpful_rows` too"),
+        ({"test_prompts": "rows.jsonl", "helpful_rows": None}, "`test_prompts` stand in `helpful_pairs` too"),
+        ({"test_prompts": "spaced.jsonl"}, "1 of 1 `test_prompts` stand in `helpful_prompts`"),
         ({"helpful_rows": "red.jsonl"}, "completion"),
         ({"helpful_pairs": "red.jsonl"}, "chosen"),
         ({"judge_model_path": "/no/such/model"}, "judge_model_path"),
@@ -297,6 +334,8 @@ def poisoned(value):
 def test_wrong_input_is_refused_before_the_first_step(world, tmp_path, changes, words):
     rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "user", "content": "b"}]}]
     (world / "turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = read_jsonl(world / "more.jsonl")[0]["prompt"]
+    (world / "spaced.jsonl").write_text(json.dumps({"prompt": f"  {first} "}))  # the same question
     (world / "long.jsonl").write_text(json.dumps({"prompt": "the lamp " * 2000}))
     if not (world / "pickled").exists():
         shutil.copytree(world / "model", world / "pickled")
@@ -355,10 +394,79 @@ def test_what_a_run_cannot_do_is_said(world, tmp_path, whole, monkeypatch):
 
 
 def test_soft_labels_and_pairs_stand_in_one_data_set():
-    judged = [{"prompt": "a", "completions": ["b", "c"], "target": [0.7, 0.3]}]
+    judged = [{"prompt": "a", "completions": ["b", "c"], "target": [0.7, 0.3], "truncated": [True, False]}]
     people = [{"prompt": "d", "completions": ["e", "f"], "target": [1, 0]}]
     mixed = constitution_training._together(judged, people)
     assert isinstance(mixed, Dataset) and mixed["target"][:] == [[0.7, 0.3], [1.0, 0.0]]
+    assert mixed["truncated"][:] == [[True, False], [False, False]]
+    people = [{"prompt": "d", "truncated": [False, True], "target": [1, 0], "completions": ["e", "f"]}]
+    assert constitution_training._together(judged, people)[1] == {**people[0], "target": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "packed"])
+def test_a_cut_revision_is_trained_on_without_an_end(world, tmp_path, kind):
+    """Labels of the real trainer: those of TRL's own, less the end of what was cut."""
+    tokenizer = tokenizer_of(world)
+    pairs = [("the lamp ?", " sure , the lamp", True), ("the lamp ?", " the lamp .", False)]
+    rows = [{"prompt": prompt, "completion": text, "truncated": cut} for prompt, text, cut in pairs]
+    if kind == "messages":
+        tokenizer = tiny_tokenizer(words=vocabulary())
+        for row in rows:
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+            row["completion"] = [{"role": "assistant", "content": row["completion"].strip()}]
+    language_model = tiny_causal_lm("llama", tokenizer, max_position_embeddings=256)
+    args = SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, packing=kind == "packed", max_length=64, report_to="none"
+    )
+
+    def labels(trainer, columns):
+        data = Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+        made = trainer(language_model, args, train_dataset=data, processing_class=tokenizer).train_dataset
+        return [id for row in made["labels"] for id in row if id != -100], made["input_ids"][:]
+
+    ended, ids = labels(SFTTrainer, ("prompt", "completion"))
+    ours, same = labels(constitution_sft.CompleteSFTTrainer, ("prompt", "completion"))
+    assert (ours, same) == (ended, ids)
+    ours, same = labels(constitution_sft.CompleteSFTTrainer, ("prompt", "completion", "truncated"))
+    assert same == ids  # read, but not learnt
+    first, second = (place for place, id in enumerate(ended) if id == tokenizer.eos_token_id)
+    assert ours == ended[:first] + ended[first + 1 :] and ended[second] == ours[-1]
+
+
+def test_a_cut_answer_reaches_the_reward_model_without_an_end(world, tmp_path):
+    """Ids of the real trainer: the end of sequence stands behind whole answers alone, people's and the judge's."""
+    args = options(world, tmp_path, reward={**SMALL, "max_steps": 1})
+    training = Training(args, model(world), build_configs(args, model(world)))
+    row = {"prompt": "the lamp ?", "completions": ["the lamp", "sure , the lamp"], "target": [0.7, 0.3]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({**row, "truncated": flags}) + "\n" for flags in ([True, False], [False, False]))
+    )
+    seen, eos = [], tokenizer_of(world).eos_token_id
+
+    class Watched(constitution_training.PreferenceRewardTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            seen.extend(self.train_dataset["candidate_ids"][:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constitution_training, "PreferenceRewardTrainer", Watched)
+        train_reward(tmp_path / "reward", training, f"{world}/model", path)
+    ends = [[ids[-1] == eos for ids in candidates] for candidates in seen]
+    assert ends == [[False, True], [True, True]] + [[True, True]] * 6
+
+
+def test_the_texts_of_the_page_are_bounded(whole, tmp_path, monkeypatch):
+    """What does not fit is counted, and the page stays below its bound."""
+    folder, found = whole
+    page = write_constitution_report(shutil.copytree(folder, tmp_path / "out"), found, 3, NAMES)
+    size, blocks = page.stat().st_size, page.read_text().split("<details><summary>")
+    monkeypatch.setattr(constitution_report, "MAX_BYTES", sum(len(block.encode()) for block in blocks[1:5]))
+    small = write_constitution_report(tmp_path / "out", found, 3, NAMES)
+    html = small.read_text()
+    shown = [int(number) for number in re.findall(r"The first (\d) of 8 prompts", html)]
+    assert len(shown) == 2 and all(0 < number < 8 for number in shown) and html.count("<details>") == sum(shown) + 4
+    assert small.stat().st_size < size and "All 4 prompts." in html
 
 
 class Caught(Exception):
@@ -382,24 +490,28 @@ def caught(monkeypatch):
 def test_trainers_get_the_last_revision_the_soft_labels_and_all_prompts(world, tmp_path, caught):
     args, path, home = options(world, tmp_path, reward_funcs=None), tmp_path / "rows.jsonl", f"{world}/model"
     training = Training(args, model(world), build_configs(args, model(world)))
-    rounds = [{"principle": "a", "critique": "b", "revision": text} for text in ("first", "last")]
-    rows = [{"prompt": "p ?", "answer": " a", "rounds": rounds}, {"prompt": "q ?", "answer": " a", "rounds": rounds}]
+    rounds = [{"principle": "a", "critique": "b", "revision": text, "truncated": False} for text in ("first", "last")]
+    rows = [{"prompt": f"{name} ?", "answer": " a", "rounds": rounds} for name in "pqrs"]
     rows[1] = {**rows[1], "rounds": [rounds[0], {**rounds[1], "revision": " "}]}
+    rows[2] = {**rows[2], "rounds": [rounds[0], {**rounds[1], "truncated": True}]}
+    rows[3] = {**rows[3], "rounds": [{**rounds[0], "truncated": True}, rounds[1]]}  # whole again
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Caught):
         train_sft(tmp_path, training, home, path)
     helpful = read_jsonl(world / "rows.jsonl")
-    assert caught["train_dataset"].to_list() == [{"prompt": "p ?", "completion": " last"}, *helpful]
+    trained = [{"prompt": f"{name} ?", "completion": " last", "truncated": name == "r"} for name in "prs"]
+    assert caught["train_dataset"].to_list() == [*trained, *({**row, "truncated": False} for row in helpful)]
     assert caught["model"] == home
     rows = [
-        {"prompt": "p ?", "completions": ["one", " two"], "target": [0.7, 0.3], "principles": ["a"]},
-        {"prompt": "q ?", "completions": ["same", "same"], "target": [0.6, 0.4], "principles": ["a"]},
+        {"prompt": "p ?", "completions": ["one", " two"], "target": [0.7, 0.3], "truncated": [False, True]},
+        {"prompt": "q ?", "completions": ["same", "same"], "target": [0.6, 0.4], "truncated": [False, False]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Caught):
         train_reward(tmp_path, training, home, path)
     first, *people = caught["train_dataset"].to_list()
-    assert first == {"prompt": "p ?", "completions": [" one", " two"], "target": [0.7, 0.3]}
+    judged = {"prompt": "p ?", "completions": [" one", " two"], "target": [0.7, 0.3], "truncated": [False, True]}
+    assert first == judged and all(row["truncated"] == [False, False] for row in people)
     pairs = read_jsonl(world / "pairs.jsonl")
     assert [row["completions"] for row in people] == [[row["chosen"], row["rejected"]] for row in pairs]
     assert all(row["target"] == [1.0, 0.0] for row in people)
@@ -424,9 +536,15 @@ def test_a_label_speaks_of_the_first_answer(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constitution_texts, "AIJudge", Longer)
     texts = {"a": ["long answer", "x"], "b": ["y", "much longer"]}
-    monkeypatch.setattr(constitution_texts, "sample", lambda args, m, t, prompts, **_: [texts[p] for p in prompts])
+    cut = {"a": [True, False], "b": [False, False]}
+    monkeypatch.setattr(
+        constitution_texts,
+        "sample",
+        lambda args, m, t, prompts, **_: ([texts[p] for p in prompts], [cut[p] for p in prompts]),
+    )
     args, loading = options(world, tmp_path), Loading(torch.device("cpu"))
     found = write_labels(tmp_path, args, loading, f"{world}/model", f"{world}/model", [], ["a", "b"], None)
     rows = read_jsonl(tmp_path / "rows.jsonl")
     assert [(row["completions"], row["target"]) for row in rows] == [(texts["a"], [1, 0]), (texts["b"], [0, 1])]
+    assert [row["truncated"] for row in rows] == [cut["a"], cut["b"]] and found["truncated"] == 0.25
     assert found["label_entropy"] == 0 and found["certainty"] == 1 and found["swap_disagreement"] == 0

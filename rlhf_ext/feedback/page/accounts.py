@@ -27,6 +27,7 @@ class Accounts:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._known: tuple[tuple[int, int, int], dict[str, dict[str, str]]] | None = None
 
     def names(self) -> list[str]:
         """Names of the accounts."""
@@ -58,8 +59,22 @@ class Accounts:
         found = _hash(password, salt)
         return entry is not None and secrets.compare_digest(found, bytes.fromhex(entry["hash"]))
 
+    def mark(self, name: str) -> str | None:
+        """What a session of the account is good for: another password is another mark, no account is `None`."""
+        entry = self._read().get(name)
+        return None if entry is None else entry["hash"]
+
     def _read(self) -> dict[str, dict[str, str]]:
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        """What the file says now; asked at every call, so it is read again only where it is another file."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        known = self._known
+        if known is None or known[0] != state:
+            known = self._known = (state, json.loads(self.path.read_text(encoding="utf-8")))
+        return known[1]
 
 
 class Sessions:
@@ -67,23 +82,25 @@ class Sessions:
 
     def __init__(self, seconds: float = 12 * 3600.0):
         self.seconds = seconds
-        self._open: dict[str, tuple[str, float]] = {}
-        self._failed: dict[str, list[float]] = {}
+        self._open: dict[str, tuple[str, str | None, float]] = {}
+        self._tried: dict[str, list[float]] = {}
         self._lock = threading.Lock()
 
-    def start(self, name: str) -> str:
-        """A new session's token."""
+    def start(self, name: str, mark: str | None = None) -> str:
+        """A new session's token; `mark` is what [`Accounts.mark`] said when the password was checked."""
         token, now = secrets.token_urlsafe(32), time.monotonic()
         with self._lock:
-            self._open = {key: entry for key, entry in self._open.items() if entry[1] > now}
-            self._open[_digest(token)] = (name, now + self.seconds)
-            self._failed.pop(name, None)
+            self._open = {key: entry for key, entry in self._open.items() if entry[2] > now}
+            self._open[_digest(token)] = (name, mark, now + self.seconds)
+            self._tried.pop(name, None)
         return token
 
-    def name_of(self, token: str | None) -> str | None:
-        """Whose session a token is; `None` for none."""
+    def name_of(self, token: str | None, accounts: Accounts | None = None) -> str | None:
+        """Whose session a token is; `None` for none, and where the account has another password or is gone."""
         entry = self._open.get(_digest(token)) if token else None
-        return entry[0] if entry is not None and entry[1] > time.monotonic() else None
+        if entry is None or entry[2] <= time.monotonic():
+            return None
+        return entry[0] if accounts is None or accounts.mark(entry[0]) == entry[1] else None
 
     def end(self, token: str | None) -> None:
         """Log out."""
@@ -92,17 +109,19 @@ class Sessions:
                 self._open.pop(_digest(token), None)
 
     def may_try(self, name: str) -> bool:
-        """Whether a name has not failed too often lately."""
-        recent = [moment for moment in self._failed.get(name, []) if moment > time.monotonic() - _WINDOW]
-        return len(recent) < _TRIES
+        """Count a try of a password, before it is checked; whether there were fewer than ten of late.
 
-    def note_failure(self, name: str) -> None:
-        """Count a wrong password."""
+        Counted afterwards, as many would be checked at once as there are threads. A login forgets the tries.
+        """
         with self._lock:
-            if len(self._failed) > 10_000:  # names that somebody made up
-                self._failed.clear()
-            recent = [moment for moment in self._failed.get(name, []) if moment > time.monotonic() - _WINDOW]
-            self._failed[name] = [*recent, time.monotonic()]
+            now = time.monotonic()
+            if len(self._tried) > 10_000:  # names that somebody made up; who is locked stays locked
+                self._tried = {key: moments for key, moments in self._tried.items() if moments[-1] > now - _WINDOW}
+            recent = [moment for moment in self._tried.get(name, []) if moment > now - _WINDOW]
+            if len(recent) >= _TRIES:
+                return False
+            self._tried[name] = [*recent, now]
+            return True
 
 
 def _hash(password: str, salt: bytes) -> bytes:

@@ -32,6 +32,9 @@ STATIC = Path(__file__).parent / "static"
 COOKIE = "rlhf_ext_session"
 MAX_BODY = 64 * 1024
 MAX_COMMENT = 4000
+MAX_ID = 2**31 - 1  # of the tables; more is no id, and no database takes it
+KINDS = ("best", "tie", "ranking", "incomparable", "skip")
+"""Answers of the page. A judge's weights come by import: their places would be those of the store."""
 PROGRESS_SECONDS = 2.0
 
 HEADERS = {
@@ -98,6 +101,7 @@ def build_app(
     return Starlette(
         routes=routes,
         middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=allowed)],
+        exception_handlers={500: _failed},
     )
 
 
@@ -109,8 +113,14 @@ def shown_order(annotator: str, comparison_id: int, size: int) -> list[int]:
     return order
 
 
+async def _failed(request: Request, error: Exception) -> Response:
+    """A fault of ours, which the server logs. Starlette answers it outside of all middleware."""
+    message = "The server failed; its log says why. Nothing was stored."
+    return JSONResponse({"reason": "failed", "message": message}, 500, headers=HEADERS)
+
+
 class _Headers:
-    """Sets [`HEADERS`] on every answer, errors too."""
+    """Sets [`HEADERS`] on every answer but that of [`_failed`], which has them."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -159,21 +169,21 @@ class _Page:
         return route
 
     def session(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        name = self.sessions.name_of(request.cookies.get(COOKIE))
-        return {"name": name, "needs_password": self.accounts is not None, "guidelines": self.guidelines}
+        name = self.sessions.name_of(request.cookies.get(COOKIE), self.accounts)
+        guidelines = "" if name is None else self.guidelines
+        return {"name": name, "needs_password": self.accounts is not None, "guidelines": guidelines}
 
     def login(self, request: Request, body: dict[str, Any]) -> Response:
-        name = check_name("name", str(body.get("name", "")).strip())
+        name, mark = check_name("name", _text(body, "name", "").strip()), None
         if self.accounts is not None:
             if not self.sessions.may_try(name):
                 raise Refused(429, "too_many", "Too many wrong passwords. Wait five minutes.")
-            if not self.accounts.check(name, str(body.get("password", ""))):
-                self.sessions.note_failure(name)
+            mark = self.accounts.mark(name)  # before the check: a password changed meanwhile ends this session
+            if not self.accounts.check(name, _text(body, "password", "")):
                 raise Refused(403, "password", "Name and password do not belong together.")
+        token = self.sessions.start(name, mark)
         response = JSONResponse({"name": name})
-        response.set_cookie(
-            COOKIE, self.sessions.start(name), httponly=True, samesite="strict", secure=self.secure_cookie
-        )
+        response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=self.secure_cookie)
         return response
 
     def logout(self, request: Request, body: dict[str, Any]) -> Response:
@@ -192,6 +202,7 @@ class _Page:
                 "comparison_id": task.comparison_id,
                 "prompt": task.prompt,
                 "completions": [task.completions[place] for place in order],
+                "truncated": [task.truncated[place] for place in order],
             }
         return {"task": shown, "progress": self._progress(name, may_be_old=True)}
 
@@ -201,38 +212,39 @@ class _Page:
         if self.pool not in (None, comparison.pool):
             raise LabelRefused("unknown", f"Comparison {comparison.id} is not of the pool {self.pool!r}.")
         order = shown_order(name, comparison.id, len(comparison.candidates))
-        comment = body.get("comment")
-        if comment is not None and (not isinstance(comment, str) or len(comment) > MAX_COMMENT):
-            raise ValueError(f"`comment` has to be a text of at most {MAX_COMMENT} characters.")
-        kind = body.get("kind")
+        comment, kind = _text(body, "comment"), body.get("kind")
+        if comment is not None and len(comment) > MAX_COMMENT:
+            raise ValueError(f"`comment` has {len(comment)} characters; at most {MAX_COMMENT} are taken.")
+        if kind not in KINDS:
+            raise ValueError(f"`kind` is {_short(kind)}; use one of {list(KINDS)}.")
         label = self.store.submit(
             name,
             comparison.id,
-            str(kind),
+            kind,
             _stored(kind, body.get("value"), order),
-            seconds=body.get("seconds"),
+            seconds=_seconds(body),
             comment=comment or None,
             shown=order,
-            key=None if body.get("key") is None else str(body["key"]),
+            key=_text(body, "key"),
         )
         return {"label_id": label.id, "progress": self._progress(name)}
 
     def undo(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         name = self._annotator(request)
-        self.store.undo(name, _integer(body, "label_id"))
+        self.store.undo(name, _integer(body, "label_id"), pool=self.pool)
         return {"progress": self._progress(name)}
 
     def labels(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """One's own current labels, newest first, with positions as they were shown."""
         name = self._annotator(request)
         own = []
-        for label in self.store.labels_of(name, limit=20):
+        for label in self.store.labels_of(name, pool=self.pool, limit=20):
             entry = {"id": label.id, "comparison_id": label.comparison_id, "kind": label.kind}
             own.append({**entry, "seconds": label.seconds, "created": label.created})
         return {"labels": own}
 
     def _annotator(self, request: Request) -> str:
-        name = self.sessions.name_of(request.cookies.get(COOKIE))
+        name = self.sessions.name_of(request.cookies.get(COOKIE), self.accounts)
         if name is None:
             raise Refused(401, "login", "Log in first.")
         return name
@@ -264,18 +276,26 @@ async def _read_body(request: Request) -> dict[str, Any]:
         body += chunk
         if len(body) > MAX_BODY:
             raise Refused(413, "too_long", f"A call has at most {MAX_BODY} bytes.")
-    found = json.loads(body or b"{}")
+    try:
+        found = json.loads(body or b"{}")
+    except RecursionError as error:
+        raise Refused(400, "invalid", "The JSON is nested too deeply.") from error
     if not isinstance(found, dict):
         raise Refused(400, "invalid", "Send a JSON object.")
     return found
 
 
-def _stored(kind: Any, value: Any, order: list[int]) -> Any:
-    """A value of shown positions as one of stored positions; what is no position is left to the store to refuse."""
+def _stored(kind: str, value: Any, order: list[int]) -> Any:
+    """A value of shown positions as one of stored positions.
 
-    def place(shown: Any) -> Any:
-        is_place = isinstance(shown, int) and not isinstance(shown, bool) and 0 <= shown < len(order)
-        return order[shown] if is_place else shown
+    Raises:
+        ValueError: what is no position. The store takes 1.0 for one, so it must not be left to judge.
+    """
+
+    def place(shown: Any) -> int:
+        if type(shown) is not int or not 0 <= shown < len(order):
+            raise ValueError(f"`value` has {_short(shown)}, expected a position from 0 to {len(order) - 1}.")
+        return order[shown]
 
     if kind == "best":
         return place(value)
@@ -286,6 +306,31 @@ def _stored(kind: Any, value: Any, order: list[int]) -> Any:
 
 def _integer(body: dict[str, Any], name: str) -> int:
     value = body.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` is {value!r}. Give a whole number.")
+    if type(value) is not int or not 0 <= value <= MAX_ID:
+        raise ValueError(f"`{name}` is {_short(value)}. Give a whole number from 0 to {MAX_ID}.")
     return value
+
+
+def _text(body: dict[str, Any], name: str, default: str | None = None) -> str | None:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` is {_short(value)}. Give a text.")
+    return value
+
+
+def _seconds(body: dict[str, Any]) -> float | None:
+    value = body.get("seconds")
+    # An integer may be too large for a float; ten years are enough for an answer.
+    if value is not None and (type(value) not in (int, float) or not 0 <= value <= 3.2e8):
+        raise ValueError(f"`seconds` is {_short(value)}. Give the time an answer took, at least 0, or null.")
+    return value
+
+
+def _short(value: Any) -> str:
+    """A value for a message; a number of thousands of digits has no text in Python."""
+    try:
+        return repr(value)[:60]
+    except ValueError:
+        return "too long a number"

@@ -7,6 +7,7 @@ const WORDS = {
     guidelines: "Guidelines", prompt: "Prompt", tie: "Equally good", incomparable: "Cannot compare", skip: "Skip",
     rank: "Rank all", send: "Send the order", comment: "Comment", undo: "Undo the last answer",
     done: "Nothing to label at the moment. New questions appear when you reload.", best: "This one",
+    cut: "Cut here by length: the answer went on.",
     own: (n) => `${n} by you`, all: (n, m) => `${n} of ${m} in all`, other: "中文",
     lost: "The answer was not stored: no connection. Try again; it is counted once.", taken: "Somebody else has this one now. Here is the next.",
   },
@@ -15,6 +16,7 @@ const WORDS = {
     guidelines: "标注说明", prompt: "提示", tie: "一样好", incomparable: "无法比较", skip: "跳过",
     rank: "全部排序", send: "提交排序", comment: "备注", undo: "撤销上一个回答",
     done: "暂时没有可标注的内容。刷新页面可以查看新的问题。", best: "选这个",
+    cut: "因长度限制在此截断，回答并未结束。",
     own: (n) => `您已标 ${n} 条`, all: (n, m) => `共 ${n} / ${m} 条`, other: "English",
     lost: "没有存上：网络断开。请再试一次，不会重复计数。", taken: "这一条已被别人领走，换下一条。",
   },
@@ -34,6 +36,7 @@ function translate() {
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = words()[element.dataset.text];
   $("language").textContent = words().other;
   for (const span of document.querySelectorAll(".choose span")) span.textContent = words().best;
+  for (const note of document.querySelectorAll(".cut")) note.textContent = words().cut;
   showProgress();
 }
 
@@ -98,7 +101,14 @@ function showTask(task) {
     label.textContent = words().best;
     button.append(key, " ", label);
     button.addEventListener("click", () => choose(place));
-    box.append(text, button);
+    box.append(text);
+    if (task.truncated[place]) {
+      const note = document.createElement("p");
+      note.className = "cut";
+      note.textContent = words().cut;
+      box.append(note);
+    }
+    box.append(button);
     $("candidates").append(box);
   });
   startClock();
