@@ -423,6 +423,7 @@ def test_foreign_keys_stay_aligned_through_shuffle_and_split(trainer, monkeypatc
     """`values` and `returns` are unknown to the parent: its buffer has to move them with their rows."""
     rows = torch.arange(8)
     given = {
+        "prompt_mask": torch.ones(8, 2, dtype=torch.long),
         "completion_ids": rows[:, None].repeat(1, 3),
         "completion_mask": torch.ones(8, 3, dtype=torch.long),
         "values": rows[:, None].repeat(1, 3).float(),

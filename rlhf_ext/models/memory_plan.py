@@ -23,6 +23,7 @@ from .memory_shape import (
     decode_workspace,
     layer_bytes,
     owner_of,
+    trunk_bytes,
 )
 from .memory_trace import Activations, trace_activations
 from .roles import CRITIC
@@ -49,6 +50,7 @@ REMEDIES = {
     "whole policy": "ds3_gather_for_generation=False, or a base in 4 bits under ddp",
     "buckets": "a smaller lora_r, or a smaller reduce_bucket_size in the DeepSpeed configuration",
     "optimizer": "optim='paged_adamw_8bit', LoRA, or zero2.yaml",
+    "trunk cache": "a smaller trunk_cache_gib; what lies beyond is computed each time",
     "cache": "a smaller per_device_train_batch_size x steps_per_generation, or a shorter max_completion_length",
     "sampling": "a smaller per_device_train_batch_size x steps_per_generation",
     "prompts": "a smaller per_device_train_batch_size x steps_per_generation, or shorter prompts",
@@ -160,18 +162,22 @@ def plan_memory(shape: RunShape, activations: Activations | None = None) -> Memo
         "scoring": traced.scoring,
         "prompts": traced.prefill,
     }
+    trunk = trunk_bytes(shape, model)
+    if shape.device == "cpu" and trunk:  # a card holds none of it
+        parts["trunk cache"] = trunk
     _share(parts, shape, layer)
     resident = ["base", "reference", "critic model", "reward model", "adapters, heads", "optimizer"]
     resident += [name for name in ("gathered", "buckets", "reserve") if name in parts]
     whole = ["whole policy"] if "whole policy" in parts else []
+    kept = ["rollout tensors", *(["trunk cache"] if "trunk cache" in parts else [])]
     return MemoryPlan(
         parts=parts,
         phases={
             "reading prompts": [*resident, *whole, "prompts"],
             "sampling": [*resident, *whole, "cache", "sampling"],
-            "scoring": [*resident, "rollout tensors", "scoring"],
-            "update": [*resident, "rollout tensors", "gradients so far", "activations"],
-            "optimizer step": [*resident, "rollout tensors", "gradients", "optimizer workspace"],
+            "scoring": [*resident, *kept, "scoring"],
+            "update": [*resident, *kept, "gradients so far", "activations"],
+            "optimizer step": [*resident, *kept, "gradients", "optimizer workspace"],
         },
     )
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from .roles import CRITIC, POLICY, REFERENCE, REWARD
+from .trunk_cache import DEFAULT_GIB, num_frozen_layers
 
 
 # Bytes of optimizer state per trained fp32 parameter; the blocks of an 8-bit state have two fp32 scales per 256.
@@ -60,6 +61,8 @@ class RunShape:
             Processes, and how they share: one of `SHARDINGS`.
         gathers_for_generation (`bool`):
             Whether ZeRO-3 puts the policy together on every rank while it samples (`ds3_gather_for_generation`).
+        trunk_cache_gib (`float`, *optional*):
+            Limit for the outputs of frozen lower layers, which lie in the CPU's memory.
     """
 
     config: PretrainedConfig
@@ -84,6 +87,7 @@ class RunShape:
     ranks: int = 1
     sharding: str = "none"
     gathers_for_generation: bool = True
+    trunk_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
         if self.optim not in OPTIMIZER_BYTES:
@@ -176,6 +180,15 @@ def decode_workspace(shape: RunShape) -> int:
     config = shape.config.get_text_config()
     logits = shape.rollout * config.vocab_size * (hidden_dtype(shape).itemsize + 4 * 4)
     return max(logits, cache_bytes(shape) // (2 * config.num_hidden_layers))
+
+
+def trunk_bytes(shape: RunShape, model: nn.Module) -> int:
+    """Outputs of the frozen lower layers of a whole rollout, as far as the limit lets them be kept."""
+    if num_frozen_layers(model) == 0 or shape.sharding in ("zero2", "zero3", "fsdp2"):
+        return 0
+    limit = int((DEFAULT_GIB if shape.trunk_cache_gib is None else shape.trunk_cache_gib) * 2**30)
+    tokens = shape.rollout * (shape.prompt_length + shape.completion_length)
+    return min(limit, tokens * shape.config.get_text_config().hidden_size * shape.dtype.itemsize)
 
 
 def hidden_dtype(shape: RunShape) -> torch.dtype:

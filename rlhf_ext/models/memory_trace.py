@@ -2,7 +2,7 @@
 
 The model stands on torch's `meta` device and is turned into fake tensors, so forward, recomputation and backward run
 as written (autocast, checkpointing, attention, adapters), and every storage is counted from its birth to its death.
-What fake tensors cannot show is put in by size: the tiles of TRL's chunked log-probabilities, and the weight that
+What fake tensors cannot show is put in by size: the tile of TRL's kernel for log-probabilities, and the weight that
 bitsandbytes restores for the length of one product.
 """
 
@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from ..functional.token_logps import token_logps
 from .roles import CRITIC, REWARD, RoleSwitch, base_of, checkpoint_context
 
 
 # TRL's chunked head works on tiles of this many tokens and entries of the vocabulary (pinned in tests/test_seams.py).
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
-# Tiles in float32 that live beside it, forward and backward: a fused kernel on a GPU, plain torch on a CPU.
-HEAD_TILES = {"cuda": (0.0, 0.0), "cpu": (3.0, 7.25)}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -81,14 +80,14 @@ class _Restored(torch.autograd.Function):
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """TRL's chunked log-probabilities: what is kept, and the tiles that live for a moment."""
+    """TRL's chunked log-probabilities on a GPU: what is kept, and the tile that lives for a moment."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tile: int, device: str) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.tile, ctx.tiles = tile, HEAD_TILES[device]
+        ctx.tile = tile
         ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
-        workspace = _tiles(ctx.tile, ctx.tiles[0], ctx.dtype)
+        workspace = torch.empty(tile, dtype=ctx.dtype)
         out = torch.empty(hidden.shape[0], dtype=torch.float32)
         del workspace
         return out
@@ -98,13 +97,9 @@ class _ChunkedHead(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         grad_hidden = torch.empty(hidden.shape, dtype=torch.float32)
         grad_weight = torch.empty(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        workspace = _tiles(ctx.tile, ctx.tiles[1], ctx.dtype)
+        workspace = torch.empty(ctx.tile, dtype=ctx.dtype)
         del workspace
-        return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None
-
-
-def _tiles(size: int, number: float, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.empty(size, dtype=dtype), torch.empty(int(size * number), dtype=torch.float32)]
+        return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
 @dataclass
@@ -170,10 +165,12 @@ def trace_activations(
         def policy() -> torch.Tensor:
             head = base.get_output_embeddings()
             hidden = base.base_model(**_inputs(rows, length), use_cache=False).last_hidden_state
+            if device == "cpu":  # ours, of the completion's tokens
+                hidden = hidden[:, prompt_length - 1 : -1].flatten(0, 1)
+                return token_logps(hidden, head.weight, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
             hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            tokens = rows * completion_length if device == "cuda" else len(hidden)
-            tile = min(tokens, TILE_TOKENS) * (TILE_VOCABULARY if device == "cuda" else _width(head))
-            return _ChunkedHead.apply(hidden, head.weight, tile, device).sum()
+            tile = min(rows * completion_length, TILE_TOKENS) * TILE_VOCABULARY
+            return _ChunkedHead.apply(hidden, head.weight, tile).sum()
 
         def critic() -> torch.Tensor:
             own = getattr(base, CRITIC, None)
@@ -222,10 +219,6 @@ def trace_activations(
 
 def _arrived(live: LiveBytes, parameter: torch.Tensor) -> None:
     live.gradients += parameter.numel() * parameter.element_size()
-
-
-def _width(head: nn.Module) -> int:
-    return min(head.weight.shape[0], TILE_VOCABULARY)
 
 
 def _inputs(rows: int, length: int) -> dict[str, torch.Tensor]:

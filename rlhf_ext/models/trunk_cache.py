@@ -24,6 +24,10 @@ from transformers import PreTrainedModel
 from .base_quantization import quantization_of
 
 
+DEFAULT_GIB = 1.0
+"""What the texts of a PPO rollout may take where nothing else is asked for."""
+
+
 class TrunkCache:
     """
     Lets the lowest layers of a model run once per text.

@@ -175,6 +175,7 @@ def run_shape(
         attn_implementation=model_args.attn_implementation,
         device=device,
         gathers_for_generation=training_args.ds3_gather_for_generation,
+        trunk_cache_gib=training_args.trunk_cache_gib,
     )
 
 

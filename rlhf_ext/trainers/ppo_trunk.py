@@ -7,13 +7,12 @@ from transformers.utils import logging
 
 from ..models.dense_rows import compute_dense_rows
 from ..models.roles import CRITIC
-from ..models.trunk_cache import TrunkCache, num_frozen_layers
+from ..models.trunk_cache import DEFAULT_GIB, TrunkCache, num_frozen_layers
 
 
 logger = logging.get_logger(__name__)
 
 GIB = 2**30
-DEFAULT_GIB = 1.0
 
 
 class TrunkMixin:

@@ -208,3 +208,20 @@ def test_what_cannot_be_planned_is_refused(kwargs, message):
 def test_quantized_layers_are_those_of_bitsandbytes():
     model, quantized = build_on_meta(shape(lora=None, reward_lora=None, quantization=NF4))
     assert quantized == quantized_layers(model) and all("layers." in name for name in quantized)
+
+
+def test_the_trunk_cache_by_hand():
+    """Rollout of 4 x 16 tokens of 64 numbers, on a CPU alone, as far as the limit goes."""
+    upper = {
+        "lora": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]),
+        "reward_lora": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]),
+    }
+    assert plan_memory(shape(device="cpu", **upper)).parts["trunk cache"] == 4 * 16 * 64 * 4
+    assert plan_memory(shape(device="cpu", trunk_cache_gib=2**-20, **upper)).parts["trunk cache"] == 1024
+    for other in (
+        shape(device="cpu"),
+        shape(device="cuda", **upper),
+        shape(device="cpu", trunk_cache_gib=0.0, **upper),
+    ):
+        assert "trunk cache" not in plan_memory(other).parts
+    assert "trunk cache" in REMEDIES
