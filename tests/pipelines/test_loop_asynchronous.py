@@ -96,7 +96,8 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, m
     assert result["restarts"] == {"policy": 1, "labels": 1, "rewards": 1}
     assert result["reward_versions"] > 1
     with LabelStore(folder / "labels.db") as store:
-        initial, later = (store.progress(pool=pool) for pool in ("run/round-1", "run/round-1-asynchronous"))
+        pool = LoopRun.load(folder).pool(1)
+        initial, later = (store.progress(pool=name) for name in (pool, f"{pool}-asynchronous"))
     assert initial.comparisons == 6 and initial.comparisons + later.comparisons <= 24
     assert result["labels"]["asked"] == initial.comparisons + later.comparisons and result["labels"]["due"] == 24
     assert later.labels == later.comparisons > 0, "every comparison that was asked has its label, once"
