@@ -116,6 +116,12 @@ def holdout_by_prompt(dataset: Dataset, fraction: float, seed: int = 0) -> tuple
     return dataset.select(kept), dataset.select(held)
 
 
+def without_prompts(rows: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose prompt, by [`prompt_key`], is not among those of `held`."""
+    keys = {prompt_key(row) for row in held}
+    return [row for row in rows if prompt_key(row) not in keys]
+
+
 def prompt_key(row: dict[str, Any]) -> str:
     """What a row answers, as one string: its prompt, or the part that all of its candidates share."""
     if not is_empty(row.get("prompt")):

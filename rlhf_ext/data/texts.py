@@ -16,5 +16,6 @@ def text_of(value: Any) -> str:
 
 def without_passwords(text: str) -> str:
     """A text in which passwords inside URLs are `***`: it may hold the URL of a label store, and be shown around."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    # Up to the last "@": a password may hold a slash or an "@".
+    text = re.sub(r"(://[^:/@\s]*):[^\s\"]*@", r"\1:***@", text)
     return re.sub(r"([?&]password=)[^&\s\"]*", r"\1***", text)

@@ -52,8 +52,9 @@ def work_through(
                 break
             for task, (kind, value) in zip(tasks, annotator(tasks), strict=True):
                 try:
-                    # The key makes an answer that was stored before a kill come once.
-                    store.submit(name, task.comparison_id, kind, value, key=f"{name} {task.comparison_id}")
+                    # Without a key: an answer that was stored before a kill is not claimed again, and one that was
+                    # taken back since is given anew.
+                    store.submit(name, task.comparison_id, kind, value)
                 except LabelRefused as refused:
                     if refused.reason not in ("taken", "labelled"):  # somebody else was faster: nothing is lost
                         raise
@@ -66,6 +67,8 @@ def simulated(labeller: SimulatedLabeller, vote: int = 0) -> Annotator:
     """
     [`SimulatedLabeller`] as an annotator: pairs with ties, the best of more ("cannot compare" without a single best).
 
+    Its score gets prompts and completions as they are stored: texts, or messages, as every other reward function.
+
     Args:
         vote (`int`, *optional*, defaults to 0): a second annotator of the same taste takes another number.
     """
@@ -73,9 +76,8 @@ def simulated(labeller: SimulatedLabeller, vote: int = 0) -> Annotator:
     def answer(tasks: Sequence[Task]) -> list[Answer]:
         answers: list[Answer] = []
         for task in tasks:
-            prompt, texts = text_of(task.prompt), [text_of(text) for text in task.completions]
-            if len(texts) == 2:
-                row = labeller.pair(prompt, texts, vote=vote)
+            if len(task.completions) == 2:
+                row = labeller.pair(task.prompt, task.completions, vote=vote)
                 target = row["target"]
                 answers.append(
                     ("incomparable", None)
@@ -85,7 +87,7 @@ def simulated(labeller: SimulatedLabeller, vote: int = 0) -> Annotator:
                     else ("best", int(target[1] > target[0]))
                 )
             else:
-                best = labeller.best_of(prompt, texts, vote=vote, skip_ties=True)["best"]
+                best = labeller.best_of(task.prompt, task.completions, vote=vote, skip_ties=True)["best"]
                 answers.append(("incomparable", None) if best is None else ("best", best))
         return answers
 
@@ -93,14 +95,21 @@ def simulated(labeller: SimulatedLabeller, vote: int = 0) -> Annotator:
 
 
 def judged(judge: AIJudge) -> Annotator:
-    """An [`AIJudge`] as an annotator of pairs: soft labels, both orders averaged."""
+    """An [`AIJudge`] as an annotator of pairs: soft labels, both orders averaged; "cannot compare" where a question is
+    longer than its context."""
 
     def answer(tasks: Sequence[Task]) -> list[Answer]:
-        verdicts = judge.compare(
-            [text_of(task.prompt) for task in tasks],
-            [text_of(task.completions[0]) for task in tasks],
-            [text_of(task.completions[1]) for task in tasks],
-        )
-        return [("target", [p, 1.0 - p]) for p in verdicts.targets]
+        pairs = [
+            (text_of(task.prompt), *(text_of(completion).strip() for completion in task.completions)) for task in tasks
+        ]
+        lengths = judge.question_lengths(*(list(texts) for texts in zip(*pairs, strict=True)))
+        fits = [judge.context is None or length <= judge.context for length in lengths]
+        asked = [pair for pair, short in zip(pairs, fits, strict=True) if short]
+        targets = iter(judge.compare(*(list(texts) for texts in zip(*asked, strict=True))).targets if asked else [])
+        answers: list[Answer] = []
+        for short in fits:
+            p = next(targets) if short else None
+            answers.append(("incomparable", None) if p is None else ("target", [p, 1.0 - p]))
+        return answers
 
     return answer

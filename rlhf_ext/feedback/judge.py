@@ -202,9 +202,13 @@ class AIJudge:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def question_lengths(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[int]:
-        """Tokens of the longest question about each pair, whichever principle is drawn, with few-shots and label."""
+        """Tokens of the longest question about each pair, whichever principle is drawn, with few-shots, the longest
+        chain of thought and label."""
         shots = "".join(f"{shot}\n\n" for shot in self.few_shots)
         label = max(map(len, self.label_ids))
+        if self.chain_of_thought:
+            around = self.tokenizer(THINK + CHOICE, add_special_tokens=False)["input_ids"]
+            label += len(around) + self.max_thought_tokens
         return [
             label + max(len(self._ids(self._ask(prompt, p.question, a, b, shots))) for p in self.principles)
             for prompt, a, b in zip(prompts, first, second, strict=True)
@@ -249,6 +253,7 @@ class AIJudge:
             batch_size=self.batch_size,
             progress=progress,
             eos_token_ids=end_token_ids(self.model, self.tokenizer),
+            add_special_tokens=not self.uses_chat,
         ).texts
         # A thought that goes on to choose, or starts another document, is read up to there.
         thoughts = [thought.split(CHOICE)[0].split("\n\n")[0] for thought in thoughts]

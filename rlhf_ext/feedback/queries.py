@@ -61,6 +61,13 @@ def claimable(annotator: str, now: float, pool: str | None) -> Select[Any]:
     return query if pool is None else query.where(comparisons.c.pool == pool)
 
 
+def newest_pool(connection: Connection, annotator: str, now: float, seen: Iterable[int]) -> str | None:
+    """The pool of the newest comparison with a free place for `annotator`, those in `seen` left out."""
+    free = claimable(annotator, now, None).where(comparisons.c.id.not_in(list(seen)))
+    query = free.with_only_columns(comparisons.c.pool).order_by(None).order_by(comparisons.c.id.desc()).limit(1)
+    return connection.execute(query).scalar_one_or_none()
+
+
 def held(annotator: str, now: float, pool: str | None) -> Select[Any]:
     """Ids of comparisons that `annotator` holds a lease on, newest claim first."""
     query = (

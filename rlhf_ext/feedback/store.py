@@ -117,7 +117,8 @@ class LabelStore:
 
     def claim(self, annotator: str, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS) -> Task | None:
         """
-        The next task of an annotator, or `None` if there is nothing for them to do now.
+        The next task of an annotator, or `None` if there is nothing for them to do now: of the newest pool that has
+        any, unless one is named, the oldest comparison.
 
         A task that they hold already is given again, the one claimed last first, and its lease begins anew: a page
         that is loaded again shows what it showed.
@@ -155,8 +156,12 @@ class LabelStore:
     ) -> list[int]:
         found: list[int] = []
         seen = set(held)
-        query = queries.claimable(annotator, now, pool)
         while len(found) < count:
+            # The newest pool first: a loop waits for its last round, not for what an earlier one left open.
+            newest = pool if pool is not None else queries.newest_pool(connection, annotator, now, seen)
+            if newest is None:
+                break
+            query = queries.claimable(annotator, now, newest)
             open_query = query.where(comparisons.c.id.not_in(seen)) if seen else query
             locked = list(
                 connection.execute(

@@ -60,6 +60,7 @@ def sample_completions(
     batch_size: int = 256,
     progress: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    add_special_tokens: bool = True,
 ) -> Samples:
     """Sample `num_samples` completions of each prompt from the plain distribution at `temperature` (0: greedy).
 
@@ -71,6 +72,8 @@ def sample_completions(
             Title of a progress bar.
         eos_token_ids (`Sequence[int]`, *optional*):
             Ids that end an answer; by default the tokenizer's own alone.
+        add_special_tokens (`bool`, *optional*, defaults to `True`):
+            Off for texts that a chat template has written its special tokens into.
     """
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     samples = Samples(repeated, [], [], [], [])
@@ -87,7 +90,7 @@ def sample_completions(
     training = model.training
     model.eval()
     for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
-        batch = _padded_prompts(tokenizer, repeated[start : start + batch_size])
+        batch = _padded_prompts(tokenizer, repeated[start : start + batch_size], add_special_tokens)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with without_generation_defaults(model):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
@@ -109,9 +112,10 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
-def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
+def _padded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list, add_special_tokens: bool) -> Any:
     if isinstance(prompts[0], str):
-        return tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        special = {"add_special_tokens": add_special_tokens}
+        return tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", **special)
     # The template writes the special tokens: tokenising its text would add them once more.
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
     return tokenizer.pad({"input_ids": ids["input_ids"]}, padding=True, padding_side="left", return_tensors="pt")

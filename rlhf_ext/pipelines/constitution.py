@@ -35,7 +35,7 @@ from .constitution_training import (
 from .evaluation_checks import check_policy_files
 from .evaluation_policy import check_sampling
 from .evaluation_scorers import function_scorer
-from .finished_runs import arguments_that_matter, digest_of, run_once
+from .finished_runs import alone_in, arguments_that_matter, digest_of, run_once
 
 
 def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> dict[str, Any]:
@@ -54,6 +54,11 @@ def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> di
         raise ValueError(
             f"{state.num_processes} processes were started; Constitutional AI runs in one (--num_processes 1)."
         )
+    with alone_in(args.output_dir):
+        return _whole_run(args, model_args, state.device)
+
+
+def _whole_run(args: ConstitutionArguments, model_args: ModelConfig, device: torch.device) -> dict[str, Any]:
     if args.toy == bool(model_args.model_name_or_path):
         raise ValueError(
             f"`model_name_or_path` is {model_args.model_name_or_path!r} and `toy` is {args.toy}: give the helpful "
@@ -69,7 +74,7 @@ def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> di
         for name, value in toy["options"].items():
             setattr(args, name, value)
     of_toy = {} if toy is None else {"toy": toy["judge"]}
-    run = _Run(args, model_args, Training(args, model_args, configs), state.device, of_toy)
+    run = _Run(args, model_args, Training(args, model_args, configs), device, of_toy)
     found = run.all_steps()
     run.report()  # once more: a run that is finished may have lost its page, or be shown with another `num_shown`
     return {**found, **of_toy}

@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -21,6 +24,32 @@ RUN_FILE = "run.json"
 # Where a run writes, what it logs and how often: none of it changes the model.
 _WITHOUT_EFFECT = ("output_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "local_rank", "project")
 _WITHOUT_EFFECT_STARTS = ("log", "report", "save", "hub", "push", "trackio", "include_", "dataloader_num", "eval_")
+
+
+@contextmanager
+def alone_in(folder: str | Path, seconds: float = 5.0) -> Iterator[None]:
+    """
+    Work in a folder as the only process; the lock goes with the process, however it ends.
+
+    Args:
+        seconds (`float`, *optional*, defaults to 5): what is left of a killed process may live so long.
+
+    Raises:
+        ValueError: another one is at work there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=seconds)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is at work in {str(folder)!r}. Wait for it or end it, or choose another `output_dir`."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run_once(folder: Path, settings: dict[str, Any], train: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -59,19 +88,20 @@ def run_once(folder: Path, settings: dict[str, Any], train: Callable[[Path], dic
         aside.mkdir(parents=True, exist_ok=True)
         _write(aside, {"settings": settings})
     state.wait_for_everyone()
+    start = time.perf_counter()
     result = json.loads(json.dumps(train(aside)))
     state.wait_for_everyone()
     if state.is_main_process:
         for checkpoint in aside.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        _write(aside, {"settings": settings, "result": result})
+        _write(aside, {"settings": settings, "result": result, "seconds": round(time.perf_counter() - start, 1)})
         os.rename(aside, folder)
     state.wait_for_everyone()
     return result
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """`settings` and, if it is finished, `result` of a run.
+    """`settings` and, if it is finished, `result` and `seconds` (of its last start) of a run.
 
     Raises:
         ValueError: the folder holds no run.
@@ -121,7 +151,10 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    with open(folder / RUN_FILE, "w", encoding="utf-8") as file:
+    # Whole or not at all: who goes on after a kill reads it first.
+    aside = folder / f".{RUN_FILE}"
+    with open(aside, "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    aside.replace(folder / RUN_FILE)

@@ -7,7 +7,6 @@ repeats none that is finished. Steps read what they need from disk, so each may 
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +15,17 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from transformers import TrainingArguments
 from trl import ModelConfig
 
 from ..data.functions import import_function
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_prompts
+from .finished_runs import alone_in, read_run
 from .loop_asynchronous import train_asynchronously
-from .loop_evaluation import evaluate_round
-from .loop_labels import annotators_of, check_store, write_labels
+from .loop_evaluation import check_scorer_names, evaluate_round
+from .loop_labels import check_labeller, check_store, write_labels
 from .loop_policies import check_base
 from .loop_record import STEPS
 from .loop_run import MANIFEST_FILE, LoopRun, write_whole
@@ -45,6 +46,8 @@ WORK: dict[str, Callable[[LoopRun, int, Path], dict[str, Any]]] = {
 
 LAUNCHED = ("reward", "policy")
 """Steps that run on several processes where `launch_config` asks for it."""
+
+_LOCK_SECONDS = 600
 
 
 def run_loop(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
@@ -67,8 +70,13 @@ def run_loop(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
             "The loop was launched on several processes, but it starts processes itself. Run it on one, and give the "
             "accelerate YAML as `launch_config`."
         )
+    with alone_in(args.output_dir):
+        return _all_rounds(args, model_args)
+
+
+def _all_rounds(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
     run = LoopRun(args, model_args)
-    steps = ["labels", "policy"] if args.asynchronous else ["labels"]
+    steps = ["labels", "reward", "policy"] if args.asynchronous else ["labels", "reward"]
     if any(not run.step(round_, name).exists() for round_ in range(1, args.num_rounds + 1) for name in steps):
         check_store(run)  # before the toy world trains its SFT model
     if args.toy:
@@ -97,6 +105,7 @@ def check(run: LoopRun) -> None:
     args = run.args
     for name in probe_names(run):
         import_function(name)
+    check_scorer_names(run)
     # Built once for their own checks; the folder of each step comes later.
     scratch = run.folder / "_unfinished_check"
     configs = {"reward": reward_config(run, scratch, 0), "ppo": ppo_config(run, scratch, 0)}
@@ -108,8 +117,7 @@ def check(run: LoopRun) -> None:
             max_completion_length=run.max_completion_length,
             max_positions=max_positions,
         )
-    if args.labels == "judge" and not run.step(1, "labels").exists():
-        annotators_of(run)  # a judge that cannot be asked says so now, and not after the first samples
+    check_labeller(run)
     if args.launch_config is not None:
         _check_launch_config(run, configs)
     if "references" in args.sources and not any(row.get("completion") for row in run.train_prompts):
@@ -160,7 +168,6 @@ class Manifest:
                 f"{MANIFEST_FILE} says that {name!r} of round {round_} is finished, but {str(folder)!r} is gone. Put "
                 "it back, or take another `output_dir`."
             )
-        start = time.perf_counter()
         if not listed:
             print(f"round {round_}, {name}", flush=True)
         if name in LAUNCHED and self.run.args.launch_config is not None and not folder.exists():
@@ -172,7 +179,7 @@ class Manifest:
                     "round": round_,
                     "step": name,
                     "folder": str(folder.relative_to(self.run.folder)),
-                    "seconds": round(time.perf_counter() - start, 1),
+                    "seconds": read_run(folder).get("seconds"),
                     "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 }
             )
@@ -194,5 +201,15 @@ def launch(run: LoopRun, round_: int, name: str) -> None:
     subprocess.run([*accelerate, "-m", __name__, str(run.folder), str(round_), name], check=True)
 
 
+def _launched(folder: str, round_: int, name: str) -> None:
+    run, state = LoopRun.load(folder), PartialState()
+    # Of a loop that was killed, the launched step may live on; the next one waits for it and finds it finished.
+    lock = FileLock(run.step(round_, name).with_name(f".{name}.lock"), timeout=_LOCK_SECONDS)
+    if state.is_main_process:
+        lock.acquire()
+    state.wait_for_everyone()
+    do_step(run, round_, name)
+
+
 if __name__ == "__main__":
-    do_step(LoopRun.load(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _launched(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -27,7 +27,7 @@ from ..functional.label_schedule import labels_due
 from ..models.generation import Samples
 from ..models.newest_reward import NewestReward, newest_version, version_folder
 from .finished_runs import RUN_FILE, run_once
-from .loop_labels import add_comparisons, agreement_facts, annotators_of, label_facts
+from .loop_labels import add_comparisons, agreement_facts, annotators_of, label_facts, labelled_rows
 from .loop_run import LoopRun, write_whole
 from .loop_training import fit_reward, reference_samples_of, reward_config, run_ppo
 
@@ -72,7 +72,7 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
             process.wait()
     result = json.loads((folder / ENDED).read_text(encoding="utf-8"))
     with run.open_store() as store:
-        rows = list(export_rows(store, pool=pool_of(run)))
+        rows = labelled_rows(store, pool_of(run))
         facts = label_facts(run, rows) | agreement_facts(store, pool_of(run))
         facts |= {"asked": count_asked(run, store), "due": run.args.labels_per_round}
     if facts["asked"] < facts["due"]:
@@ -184,9 +184,6 @@ def _adopt_first_reward(run: LoopRun, folder: Path) -> None:
     aside = target.with_name(f"_unfinished_{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(run.step(ROUND, "reward"), aside)
-    record = json.loads((aside / RUN_FILE).read_text(encoding="utf-8"))
-    record["result"]["labels"] = sum(row["num_labels"] for row in run.rows_of(ROUND, "labels"))
-    write_whole(aside / RUN_FILE, json.dumps(record, indent=1))
     aside.rename(target)
 
 

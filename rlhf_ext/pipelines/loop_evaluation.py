@@ -18,8 +18,7 @@ from .evaluation_policy import (
 from .evaluation_scorers import Scorer, load_scorer
 from .loop_asynchronous import newest_reward_folder
 from .loop_policies import Policies
-from .loop_run import SFT, LoopRun, write_jsonl
-from .loop_samples import as_completion
+from .loop_run import SFT, LoopRun, as_completion, write_jsonl
 from .loop_training import probe_names
 
 
@@ -66,6 +65,21 @@ def evaluate_round(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
         metrics["win_rate"] = wins_by_score(found, _baseline(run, scorers, settings))
     write_jsonl(folder / _ANSWERS, _answer_rows(run, found))
     return metrics
+
+
+def check_scorer_names(run: LoopRun) -> None:
+    """
+    Refuse functions whose scores would overwrite each other's: the evaluation names them without their modules.
+
+    Raises:
+        ValueError: naming them.
+    """
+    names = [REWARD, *(score.rpartition(":")[2] for score in probe_names(run))]
+    if odd := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"`gold_func` and `score_funcs` {probe_names(run)} name {odd} more than once ({REWARD!r} is the round's "
+            "reward model). Give each function a name of its own."
+        )
 
 
 def _reward_scorer(run: LoopRun, round_: int) -> Scorer:

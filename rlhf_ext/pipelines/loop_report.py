@@ -142,11 +142,21 @@ def rounds_table(record: LoopRecord) -> str:
     for name in ("mean", "selected"):
         shown = {n: number_text(found.get(f"disagreement_{name}")) for n, found in chosen.items()}
         lines.append((f"ensemble's disagreement, {'all samples' if name == 'mean' else 'those selected'}", shown))
+    shown = {n: _count(found.get("split")) for n, found in labels.items() if found.get("split")}
+    lines.append(("comparisons on which annotators split evenly", shown))
     for name in ("ties", "incomparable"):
         lines.append(
             (f"{name} among the labels of the round", {n: _count(found.get(name)) for n, found in labels.items()})
         )
     for name in ("percent", "alpha"):
+        # By each question too, where a round has several: pairs and rankings are no one number.
+        by_question = {n: found.get("agreement_by_question") or {} for n, found in labels.items()}
+        several = [question for found in by_question.values() if len(found) > 1 for question in found]
+        for question in dict.fromkeys(several):
+            key = name if name == "percent" else "alpha_nominal"
+            shown = {n: number_text((found.get(question) or {}).get(key)) for n, found in by_question.items()}
+            kind = "share of pairs" if name == "percent" else "Krippendorff's alpha"
+            lines.append((f"agreement on {question}, {kind}", shown))
         shown = {n: number_text((found.get("agreement") or {}).get(name)) for n, found in labels.items()}
         lines.append(("agreement, share of pairs" if name == "percent" else "agreement, Krippendorff's alpha", shown))
     lines.append(

@@ -140,7 +140,7 @@ def _verdicts(row: dict[str, Any]) -> tuple[str, list[str]]:
     if row.get("target"):
         target = row["target"]
         if len(set(target)) == 1:
-            return "tie", ["="] * size
+            return ("split evenly" if row.get("split") else "tie"), ["="] * size
         return "shares of the votes", [f"{'▲ ' if t == max(target) else ''}{t:.2f}" for t in target]
     if row.get("ranking"):
         places = {completion: place for place, completion in enumerate(row["ranking"], 1)}

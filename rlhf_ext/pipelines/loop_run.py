@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import uuid
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from trl import ModelConfig
 
 from ..data.arguments import load_splits
 from ..data.jsonl import read_jsonl
-from ..data.loading import load_rows, require_columns
+from ..data.loading import load_rows, require_columns, without_prompts
 from ..data.loop_arguments import LoopArguments
 from ..data.prompts import check_tokenizer
 from ..feedback.store import LabelStore
@@ -79,7 +80,17 @@ class LoopRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The report, which loads no torch, tells by the defaults what was asked for.
         defaults = {"loop": _defaults(LoopArguments), "model": _defaults(ModelConfig)}
-        write_whole(path, json.dumps({**asked, "defaults": defaults}, indent=1, default=str))
+        found = {**asked, "name": self.name, "defaults": defaults}
+        write_whole(path, json.dumps(found, indent=1, default=str))
+
+    @cached_property
+    def name(self) -> str:
+        """Of the run in the label store, which others share: the folder's name, and an id of its own for a folder of
+        the same name elsewhere, or one that was removed and begun again."""
+        path = self.folder / SETTINGS_FILE
+        if path.exists():  # a run begun before there were ids has pools without
+            return json.loads(path.read_text(encoding="utf-8")).get("name", self.folder.resolve().name)
+        return f"{self.folder.resolve().name}-{uuid.uuid4().hex[:8]}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -115,7 +126,16 @@ class LoopRun:
         held = held if named is None else load_rows(named)
         require_columns(rows, ["prompt"], what="the prompts")
         require_columns(held, ["prompt"], what="the held-out prompts")
-        return list(rows), list(held)[: self.args.max_eval_prompts]
+        chosen = list(held)[: self.args.max_eval_prompts]
+        kept = without_prompts(list(rows), chosen)
+        if not kept:
+            raise ValueError(
+                f"`dataset_name` {self.args.dataset_name!r} has no prompt that is not held out too: all {len(rows)} "
+                "stand among the held-out ones. Name other prompts, or hold a share out by `eval_fraction`."
+            )
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} train prompts are held out too, and are left out.", flush=True)
+        return kept, chosen
 
     @property
     def train_prompts(self) -> list[dict[str, Any]]:
@@ -182,7 +202,7 @@ class LoopRun:
 
     def pool(self, round_: int) -> str:
         """Name of a round in the store, which other runs may share."""
-        return f"{self.folder.resolve().name}/round-{round_}"
+        return f"{self.name}/round-{round_}"
 
     def prompt_dataset(self) -> Dataset:
         """The prompts that PPO trains on; other columns reach the reward functions, reference answers do not."""
@@ -197,6 +217,11 @@ def _defaults(kind: Any) -> dict[str, Any]:
         factory = flag.default_factory
         found[flag.name] = flag.default if factory is MISSING else factory()
     return {name: None if value is MISSING else value for name, value in found.items()}
+
+
+def as_completion(prompt: Any, text: str) -> Any:
+    """A completion in the form of its prompt: text, or a turn of the assistant."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text.strip()}]
 
 
 def write_whole(path: Path, text: str) -> None:

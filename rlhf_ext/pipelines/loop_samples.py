@@ -10,7 +10,7 @@ from transformers import set_seed
 from ..models.ensembles import load_reward_ensemble
 from ..models.generation import completion_text, end_token_ids, sample_completions
 from .loop_policies import Policies
-from .loop_run import ROWS_FILE, SFT, LoopRun, write_jsonl
+from .loop_run import ROWS_FILE, SFT, LoopRun, as_completion, write_jsonl
 
 
 REFERENCE = "reference"
@@ -114,11 +114,6 @@ def disagreements(run: LoopRun, ensemble_folder: Path, rows: list[dict[str, Any]
             )
             largest = [max(pair) for pair in zip(largest, doubts, strict=True)]
     return largest
-
-
-def as_completion(prompt: Any, text: str) -> Any:
-    """A completion in the form of its prompt: text, or a turn of the assistant."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text.strip()}]
 
 
 def _draw_writers(run: LoopRun, round_: int, place: int, row: dict[str, Any]) -> list[str]:

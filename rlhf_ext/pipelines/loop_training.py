@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainingArguments
 from trl import get_peft_config, get_quantization_config
 
 from ..data.functions import import_function
+from ..data.jsonl import read_jsonl
 from ..data.loading import holdout_by_prompt
-from ..feedback.exchange import to_dataset
+from ..feedback.exchange import export_rows, to_dataset
 from ..models.ensembles import is_reward_ensemble, load_reward_ensemble
 from ..models.generation import Samples
 from ..models.score_wrappers import treated_score
@@ -21,16 +23,16 @@ from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from .finished_runs import has_checkpoint
 from .loop_policies import loading
-from .loop_run import SFT, LoopRun
+from .loop_run import ROWS_FILE, SFT, LoopRun, write_jsonl
 from .reward_builder import RewardBuilder
 from .reward_ensemble import train_reward_ensemble
 from .reward_evaluation import score_rows
-from .reward_normalization import normalize_after, normalize_before
+from .reward_normalization import normalize_after, normalize_before, prompt_text
 
 
 def train_reward(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
     """Train on the labels of this and all earlier rounds: one model, or an ensemble."""
-    rows = [row for earlier in range(1, round_ + 1) for row in run.rows_of(earlier, "labels")]
+    rows = _labels_so_far(run, round_, folder)
     args = reward_config(run, folder, run.seed(round_, "reward"))
     if run.args.num_members > 1:
         result = train_reward_ensemble(
@@ -42,8 +44,37 @@ def train_reward(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
             peft_config=_peft_config(run, "SEQ_CLS"),
             quantization_config=get_quantization_config(run.model_args),
         )
-        return {"rows": len(rows), "accuracy": result["accuracy_mean"], "members": result["members"]}
-    return fit_reward(run, run.model_args.model_name_or_path, args, rows, reference_samples_of(run))
+        return {
+            "rows": len(rows),
+            "labels": count_labels(rows),
+            "accuracy": result["accuracy_mean"],
+            "members": result["members"],
+        }
+    found = fit_reward(run, run.model_args.model_name_or_path, args, rows, reference_samples_of(run))
+    return {**found, "labels": count_labels(rows)}
+
+
+def _labels_so_far(run: LoopRun, round_: int, folder: Path) -> list[dict[str, Any]]:
+    """The labels of this and all earlier rounds as they are now, later ones and corrections among them; kept in
+    `rows.jsonl`, so that a run that goes on reads the same."""
+    state = PartialState()
+    if state.is_main_process and not (folder / ROWS_FILE).exists():
+        with run.open_store() as store:
+            rows = []
+            for number in range(1, round_ + 1):
+                if store.progress(pool=run.pool(number)).comparisons:
+                    rows += export_rows(store, pool=run.pool(number))
+                else:  # a round that was labelled in another store
+                    kept = run.rows_of(number, "labels")
+                    rows += [{name: value for name, value in row.items() if name != "split"} for row in kept]
+            write_jsonl(folder / ROWS_FILE, rows)
+    state.wait_for_everyone()
+    return read_jsonl(folder / ROWS_FILE)
+
+
+def count_labels(rows: list[dict[str, Any]]) -> int:
+    """Labels that rows of the store were merged of."""
+    return sum(row["num_labels"] for row in rows)
 
 
 def fit_reward(
@@ -146,7 +177,7 @@ def reference_samples_of(run: LoopRun) -> Samples | None:
         return None
     rows = run.rows_of(1, "samples")
     texts = [row["completions"][0] for row in rows]  # the first one is always the policy's, which is SFT
-    prompts = [_as_text(run, row["prompt"]) for row in rows]
+    prompts = [prompt_text(row["prompt"], run.tokenizer) for row in rows]
     return Samples(
         prompts=prompts,
         texts=[text if isinstance(text, str) else text[-1]["content"] for text in texts],
@@ -211,9 +242,3 @@ def _split(run: LoopRun, rows: Dataset) -> tuple[Dataset, Dataset | None]:
     except ValueError as error:  # better no accuracy than no run
         print(f"The reward model has no held-out accuracy: of `reward_eval_fraction`, {error}", flush=True)
         return rows, None
-
-
-def _as_text(run: LoopRun, prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return run.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)

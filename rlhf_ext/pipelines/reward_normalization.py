@@ -60,7 +60,7 @@ def reference_samples(
     policy = load_policy(reference_model_path, **kwargs).eval()
     policy = policy if device is None else policy.to(device)
     set_seed(seed)
-    texts = [_as_text(prompt, processing_class) for prompt in prompts]
+    texts = [prompt_text(prompt, processing_class) for prompt in prompts]
     size = policy.get_input_embeddings().weight.shape[0]
     if size < len(processing_class):
         raise ValueError(
@@ -88,7 +88,7 @@ def reference_answers(rows: Dataset, processing_class: PreTrainedTokenizerBase) 
     require_columns(rows, ["prompt", "completion"], what="the reference answers")
     found = Samples([], [], [], [], [])
     for row in rows:
-        prompt = _as_text(row["prompt"], processing_class)
+        prompt = prompt_text(row["prompt"], processing_class)
         answer = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
         start = processing_class(text=prompt)["input_ids"]
         ids = processing_class(text=answer, add_special_tokens=False)["input_ids"]
@@ -202,7 +202,8 @@ def _without_normalization(model: nn.Module) -> Iterator[None]:
         set_normalization(model, *before)
 
 
-def _as_text(prompt: Any, processing_class: PreTrainedTokenizerBase) -> str:
+def prompt_text(prompt: Any, processing_class: PreTrainedTokenizerBase) -> str:
+    """A prompt as the text that the tokenizer makes the ids of the chat template of."""
     if isinstance(prompt, str):
         return prompt
     text = processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)

@@ -8,11 +8,14 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers.modeling_outputs import CausalLMOutput
 
+from rlhf_ext.feedback import judge as judge_module
 from rlhf_ext.feedback.constitution import DEFAULT_CONSTITUTION, Principle, load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge
 from rlhf_ext.functional.ai_feedback import clamp_label, judge_probabilities, position_bias, swap_average
+from rlhf_ext.models.generation import sample_completions
 from tests.tiny import WORDS, tiny_causal_lm, tiny_config, tiny_tokenizer
 
 
@@ -137,6 +140,24 @@ def test_a_chain_of_thought_is_written_kept_and_clamped(model, tokenizer):
     assert free.second_as_a[0, 0].item() == pytest.approx(plain_p_a(model, tokenizer, written), abs=1e-6)
     tight = AIJudge(model, tokenizer, PRINCIPLES, **options, clamp=(0.499, 0.501)).compare(*PAIRS)
     assert all(0.499 <= p <= 0.501 for p in tight.targets) and any(not 0.499 <= p <= 0.501 for p in free.targets)
+
+
+def test_a_chat_begins_once_before_a_chain_of_thought_too(model, monkeypatch):
+    chat = tiny_tokenizer(words=(*WORDS, *LETTERS))
+    begin = ("<eos>", chat.eos_token_id)  # in the place of a token of its own, for which the model has no row
+    chat.bos_token = begin[0]
+    chat.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[begin])
+    chat.chat_template = "{{ bos_token + ' ' }}" + chat.chat_template
+    starts = []
+
+    def spy(*args, **kwargs):
+        samples = sample_completions(*args, **kwargs)
+        starts.extend(samples.prompt_ids)
+        return samples
+
+    monkeypatch.setattr(judge_module, "sample_completions", spy)
+    AIJudge(model, chat, PRINCIPLES, chain_of_thought=True, max_thought_tokens=2).compare(["w1"], ["good"], ["bad"])
+    assert [ids[:2].count(begin[1]) for ids in starts] == [1, 1]
 
 
 def test_a_chat_template_is_used_where_there_is_one(model, tokenizer):

@@ -29,6 +29,7 @@ from rlhf_ext.pipelines.constitution_evaluation import NAMES
 from rlhf_ext.pipelines.constitution_report import write_constitution_report
 from rlhf_ext.pipelines.constitution_texts import Loading, write_labels
 from rlhf_ext.pipelines.constitution_training import Training, build_configs, train_policy, train_reward, train_sft
+from rlhf_ext.pipelines.finished_runs import alone_in
 from rlhf_ext.toyworld.constitution import PRINCIPLES, extra_words, judge_documents, reviser_documents
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
@@ -175,6 +176,10 @@ def test_a_finished_run_repeats_nothing(whole, world, monkeypatch):
         monkeypatch.setattr(constitution, name, None)
     monkeypatch.setattr(constitution, "measure_policies", None)
     assert run_constitution(options(world, folder), model(world)) == found
+    with monkeypatch.context() as patch, alone_in(folder, seconds=0):  # another process is at work in it
+        patch.setattr(constitution, "alone_in", lambda folder: alone_in(folder, seconds=0))
+        with pytest.raises(ValueError, match="Another process is at work"):
+            run_constitution(options(world, folder), model(world))
     with pytest.raises(ValueError, match="principles_per_pair"):  # and is not taken for another one
         run_constitution(options(world, folder, principles_per_pair=1), model(world))
 
@@ -346,7 +351,7 @@ def test_wrong_input_is_refused_before_the_first_step(world, tmp_path, changes, 
     }
     with pytest.raises(ValueError, match=words):
         run_constitution(options(world, tmp_path / "out", **changes), model(world))
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_policies_are_checked_before_the_first_one_answers(whole, world, tmp_path, monkeypatch):

@@ -5,26 +5,31 @@ import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.data.loop_arguments import LoopArguments
+from rlhf_ext.feedback.exchange import to_dataset
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.models.ensembles import is_reward_ensemble
-from rlhf_ext.pipelines import loop, loop_labels
-from rlhf_ext.pipelines.finished_runs import read_run
+from rlhf_ext.pipelines import finished_runs, loop, loop_labels
+from rlhf_ext.pipelines.finished_runs import alone_in, read_run
 from rlhf_ext.pipelines.loop_labels import LabelsMissing
 from rlhf_ext.pipelines.loop_report import write_loop_report
-from rlhf_ext.pipelines.loop_run import LoopRun
-from rlhf_ext.pipelines.loop_training import _split
+from rlhf_ext.pipelines.loop_run import LoopRun, write_jsonl
+from rlhf_ext.pipelines.loop_training import _labels_so_far, _split, reference_samples_of
 from rlhf_ext.trainers.ppo_config import PPOConfig
 from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
 
@@ -52,6 +57,16 @@ PPO = {
 def goodness(prompts, completions, **kwargs):
     """Gold: how many words are good."""
     return [float(text.split().count("good") - text.split().count("bad")) for text in completions]
+
+
+def of_messages(prompts, completions, **kwargs):
+    """A gold that these prompts are no messages for."""
+    return [float(len(completion[-1]["content"])) for completion in completions]
+
+
+def reward(prompts, completions, **kwargs):
+    """Named like the round's reward model."""
+    return [0.0] * len(prompts)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +159,13 @@ def test_a_finished_run_repeats_nothing_and_grows_by_rounds(finished, sft, promp
     called = []
     for name in loop.WORK:
         monkeypatch.setitem(loop.WORK, name, lambda *args, _name=name: called.append(_name) or {})
+    before = (finished / "manifest.json").read_text()
+    (finished / "manifest.json").unlink()  # as if killed before it was written
     loop.run_loop(*arguments(finished, sft, prompts))
     assert called == []
+    after = (finished / "manifest.json").read_text()
+    seconds = [[step["seconds"] for step in json.loads(text)["steps"]] for text in (before, after)]
+    assert seconds[0] == seconds[1] and max(seconds[0]) > 0.2
     with pytest.raises(ValueError, match="labels_per_round.*8 before, 9 now"):
         loop.run_loop(*arguments(finished, sft, prompts, labels_per_round=9))
 
@@ -162,16 +182,19 @@ def test_the_report_reads_what_the_loop_wrote(finished, tmp_path):
 
 
 def test_prompts_are_chosen_by_the_flags_of_every_recipe(tmp_path, sft, prompts):
-    rows = [{"prompt": f"w{i} the cat", "source": "ab"[i % 2]} for i in range(20)]
-    for split in ("train", "test"):
+    for split, start in (("train", 0), ("test", 12)):
+        rows = [{"prompt": f"w{i} the cat", "source": "ab"[i % 2]} for i in range(start, start + 20)]
         Dataset.from_list(rows).to_json(tmp_path / f"{split}.jsonl")
     run = LoopRun(
         *arguments(tmp_path / "run", sft, str(tmp_path), eval_fraction=0.0, dataset_source=["a"], max_rows=7)
     )
-    assert [row["prompt"] for row in run.train_prompts] == [f"w{2 * i} the cat" for i in range(7)]
-    assert [row["prompt"] for row in run.eval_prompts] == [f"w{2 * i} the cat" for i in range(7)]
+    # The seventh is held out too, and not trained on.
+    assert [row["prompt"] for row in run.train_prompts] == [f"w{2 * i} the cat" for i in range(6)]
+    assert [row["prompt"] for row in run.eval_prompts] == [f"w{2 * i} the cat" for i in range(6, 13)]
     run = LoopRun(*arguments(tmp_path / "run", sft, prompts, eval_dataset_name=str(tmp_path / "test.jsonl")))
     assert len(run.train_prompts) == 48 and len(run.eval_prompts) == 20
+    with pytest.raises(ValueError, match="no prompt that is not held out"):
+        _ = LoopRun(*arguments(tmp_path / "run", sft, prompts, eval_dataset_name=prompts)).digest
 
 
 def test_at_the_defaults_the_reward_model_has_held_out_rows_and_sampling_is_as_in_ppo(tmp_path, sft, capsys):
@@ -189,6 +212,152 @@ def test_at_the_defaults_the_reward_model_has_held_out_rows_and_sampling_is_as_i
     assert "no held-out accuracy" in capsys.readouterr().out
     assert run.max_completion_length == PPOConfig.max_completion_length
     assert run.temperature == PPOConfig.temperature
+
+
+def test_runs_of_one_name_share_a_store_and_no_label(tmp_path, sft, prompts):
+    runs = [LoopRun(*arguments(tmp_path / place / "run", sft, prompts)) for place in "ab"]
+    for run in runs:
+        run.save_settings()
+    pools = [run.pool(1) for run in runs]
+    assert pools[0] != pools[1] and all(pool.startswith("run-") for pool in pools)
+    assert LoopRun.load(runs[0].folder).pool(1) == LoopRun(runs[0].args, runs[0].model_args).pool(1) == pools[0]
+    (runs[0].folder / "settings.json").unlink()  # removed and begun again
+    assert LoopRun(runs[0].args, runs[0].model_args).pool(1) not in pools
+
+
+def selected(run, round_, names, completions=("good", "bad")):
+    """Comparisons of a round in the store, and what was selected on disk."""
+    row = {"completions": list(completions), "policies": ["sft"] * len(completions)}
+    rows = [{"prompt": name, **row, "truncated": [False] * len(completions)} for name in names]
+    run.step(round_, "selection").mkdir(parents=True)
+    write_jsonl(run.step(round_, "selection") / "rows.jsonl", rows)
+    with run.open_store() as store:
+        return loop_labels.add_comparisons(run, store, run.pool(round_), rows)
+
+
+def test_later_labels_of_a_round_are_read_and_the_newest_round_is_asked_first(tmp_path, sft, prompts):
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts, labels="people", label_share=0.3))
+    selected(run, 1, ["p0", "p1", "left"])
+    with run.open_store() as store:
+        store.submit("ann", store.claim("ann").comparison_id, "best", 0)
+        for step in ("labels", "reward"):
+            run.step(1, step).mkdir()
+        assert loop_labels.write_labels(run, 1, run.step(1, "labels"))["labels"] == 1
+        late = store.claim("ann")
+        store.submit("ann", late.comparison_id, "best", 0)
+        selected(run, 2, ["p2", "p3"])
+        assert [task.prompt for task in store.claim_many("bob", 9)] == ["p2", "p3", "left"]
+        for _ in range(2):
+            rows = _labels_so_far(run, 1, run.step(1, "reward"))
+            assert [row["prompt"] for row in rows] == ["p0", "p1"]
+            store.undo("ann", store.labels_of("ann")[0].id)  # what a step has read stays as it was
+    run.args.store = str(tmp_path / "other.db")  # without the pool: what the step kept is read
+    (run.step(1, "reward") / "rows.jsonl").unlink()
+    assert to_dataset(_labels_so_far(run, 1, run.step(1, "reward")))["prompt"][:] == ["p0"]
+
+
+def test_who_is_left_when_everybody_skipped_and_what_a_split_is(tmp_path, sft, prompts, capsys):
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts, labels="people", wait_for_labels=False, overlap=1))
+    first, second = selected(run, 1, ["p0", "p1"])
+    with run.open_store() as store:
+        store.submit("ann", first, "skip")
+        assert loop_labels.left_to_nobody(store, run.pool(1)) == 1
+        store.submit("ann", second, "tie")
+        with pytest.raises(LabelsMissing, match="1 comparisons .*label_share.*set_overlap"):
+            loop_labels.wait_for_people(run, store, run.pool(1))
+        run.args.wait_for_labels = True
+        thread = threading.Thread(target=loop_labels.wait_for_people, args=(run, store, run.pool(1), 0.02))
+        thread.start()
+        said, end = "", time.monotonic() + 30
+        while "everybody who labels here" not in said and time.monotonic() < end:
+            time.sleep(0.02)
+            said += capsys.readouterr().out
+        assert "everybody who labels here" in said
+        store.submit("bob", first, "best", 0)
+        thread.join()
+        store.set_overlap(2, pool=run.pool(1))
+        store.submit("cem", first, "best", 1)
+        rows = loop_labels.labelled_rows(store, run.pool(1))
+        assert [(row["target"], row["split"]) for row in rows] == [([0.5, 0.5], True), ([0.5, 0.5], False)]
+        facts = {**loop_labels.label_facts(run, rows), **loop_labels.agreement_facts(store, run.pool(1))}
+        assert (facts["split"], facts["ties"], facts["incomparable"]) == (1, 1, 0)
+
+
+def test_gold_agreement_reads_rankings_and_the_best_of_many(tmp_path, sft, prompts):
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts))
+    ids = selected(run, 1, ["p0", "p1"], ("good", "w1", "bad"))
+    with run.open_store() as store:
+        store.submit("ann", ids[0], "ranking", [0, 2, 1])  # two pairs of three are as gold has them
+        store.submit("ann", ids[1], "best", 2)  # none of two
+        facts = loop_labels.label_facts(run, loop_labels.labelled_rows(store, run.pool(1)))
+    assert facts["gold_agreement"] == pytest.approx(2 / 5)
+
+
+def test_a_run_and_a_launched_step_are_alone_in_their_folder(tmp_path, sft, prompts, monkeypatch):
+    args = arguments(tmp_path / "run", sft, prompts)
+
+    def second(*given):
+        with alone_in(tmp_path / "run", seconds=0):
+            pytest.fail("two at work in one folder")
+
+    monkeypatch.setattr(loop, "_all_rounds", second)
+    with pytest.raises(ValueError, match="Another process is at work in"):
+        loop.run_loop(*args)
+    with alone_in(tmp_path / "run", seconds=0):
+        pass  # the lock went with the run
+    run = LoopRun(*args)
+    run.save_settings()
+    run.step(1, "policy").parent.mkdir()
+
+    def locked(run, round_, name):
+        with pytest.raises(Timeout):
+            FileLock(run.step(round_, name).with_name(f".{name}.lock"), timeout=0).acquire()
+        return "done"
+
+    monkeypatch.setattr(loop, "do_step", locked)
+    loop._launched(str(run.folder), 1, "policy")
+
+
+def test_what_a_step_was_asked_for_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / "step"
+    for settings in ({"a": 1}, {"a": 2}):  # killed while it works, and while it writes the settings of the next call
+
+        def killed(*args, **kwargs):
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if settings["a"] == 2:
+                patch.setattr(finished_runs.json, "dump", killed)
+            finished_runs.run_once(folder, settings, killed)
+    assert finished_runs.run_once(folder, {"a": 2}, lambda aside: {"done": True}) == {"done": True}
+    assert read_run(folder)["settings"] == {"a": 2}
+
+
+def test_a_judge_whose_context_is_too_short_is_refused_first(tmp_path, sft, prompts, monkeypatch):
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts, labels="judge", judge_model_path="judge"))
+    judge = SimpleNamespace(context=26, question_lengths=lambda texts, *answers: [14] * len(texts))
+    monkeypatch.setattr(loop_labels, "judge_of", lambda run: judge)
+    loop_labels.check_labeller(run)
+    judge.context = 25
+    with pytest.raises(ValueError, match="14 tokens without answers.*`max_completion_length` 6 .*context of 25"):
+        loop_labels.check_labeller(run)
+
+
+def test_the_samples_that_normalise_begin_once(tmp_path, sft, prompts):
+    run = LoopRun(*arguments(tmp_path / "run", sft, prompts, normalize_scores="shift"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begin = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[begin])
+    tokenizer.chat_template = "{{ bos_token + ' ' }}" + tokenizer.chat_template
+    run.__dict__["tokenizer"] = tokenizer
+    asked = [{"role": "user", "content": "the cat"}]
+    answer = [{"role": "assistant", "content": "sat"}]
+    run.step(1, "samples").mkdir(parents=True)
+    row = {"prompt": asked, "completions": [answer] * 2, "completion_ids": [[8, 1]] * 2, "truncated": [False] * 2}
+    write_jsonl(run.step(1, "samples") / "rows.jsonl", [row])
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert reference_samples_of(run).prompt_ids == [ids["input_ids"]]
 
 
 class Killed(BaseException):
@@ -326,6 +495,8 @@ def test_training_is_launched_by_accelerate_with_the_same_result(tmp_path, finis
         ({"labels": "judge"}, "`judge_model_path` is empty"),
         ({"sources": ["everybody"]}, "`sources` names"),
         ({"gold_func": "nowhere:nothing"}, "nowhere:nothing"),
+        ({"gold_func": f"{__name__}:of_messages"}, "cannot score the first prompt .* TypeError"),
+        ({"score_funcs": [f"{__name__}:reward"]}, "name .'reward'. more than once"),
         ({"ppo": {**PPO, "output_dir": "x"}}, "which the loop sets itself"),
         ({"ppo": {**PPO, "max_completion_length": 500}}, "exceed the model's context"),
         ({"refit_labels": 3}, "nothing reads it"),

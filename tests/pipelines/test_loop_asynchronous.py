@@ -30,7 +30,7 @@ def slow_gold(prompts, completions, trainer_state=None, **kwargs):  # noqa: F811
     """As gold; the policy takes its time, and does not end before each process was killed and a refit is whole."""
     if trainer_state is not None:
         time.sleep(0.2)
-        deadline = time.time() + 150
+        deadline = time.time() + 300
         while trainer_state.global_step >= 16 and not os.path.exists(os.environ[GO_ON]) and time.time() < deadline:
             time.sleep(0.1)
     return goodness(prompts, completions)
@@ -38,7 +38,7 @@ def slow_gold(prompts, completions, trainer_state=None, **kwargs):  # noqa: F811
 
 def kill_once(folder, role, when):
     """Kill the process of a role as soon as `when()` is true; the pid that died is the return."""
-    deadline = time.time() + 120
+    deadline = time.time() + 240
     while time.time() < deadline:
         for process in psutil.Process(os.getpid()).children():
             try:
@@ -81,7 +81,7 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, m
     def let_go():
         for thread in threads:
             thread.join()
-        deadline = time.time() + 120
+        deadline = time.time() + 240
         while newest_version(aside / "rewards") < 2 and time.time() < deadline:
             time.sleep(0.1)
         (tmp_path / "go_on").touch()
@@ -96,7 +96,8 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, m
     assert result["restarts"] == {"policy": 1, "labels": 1, "rewards": 1}
     assert result["reward_versions"] > 1
     with LabelStore(folder / "labels.db") as store:
-        initial, later = (store.progress(pool=pool) for pool in ("run/round-1", "run/round-1-asynchronous"))
+        pool = LoopRun.load(folder).pool(1)
+        initial, later = (store.progress(pool=name) for name in (pool, f"{pool}-asynchronous"))
     assert initial.comparisons == 6 and initial.comparisons + later.comparisons <= 24
     assert result["labels"]["asked"] == initial.comparisons + later.comparisons and result["labels"]["due"] == 24
     assert later.labels == later.comparisons > 0, "every comparison that was asked has its label, once"

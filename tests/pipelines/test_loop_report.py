@@ -17,8 +17,9 @@ from rlhf_ext.feedback.exchange import export_rows
 from rlhf_ext.feedback.records import Candidate, NewComparison
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.pipelines.loop_record import read_loop
-from rlhf_ext.pipelines.loop_report import loop_page, progress, write_loop_report
+from rlhf_ext.pipelines.loop_report import loop_page, progress, settings_section, write_loop_report
 from rlhf_ext.pipelines.loop_report_plots import function_scorers, policy_plots, round_plots
+from rlhf_ext.pipelines.loop_report_texts import _verdicts
 
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & </div>"
@@ -74,6 +75,10 @@ def add_round(run, number):
         "annotators": {"anna": {}, "<b>bo": {}},
     }
     labels["agreement"] = {"percent": 0.8 + 0.01 * number, "alpha": 0.6}
+    labels["split"] = number - 1
+    if number > 1:
+        parts = {"pair": {"percent": 0.7, "alpha_nominal": 0.5}, "ranking": {"percent": 0.9, "alpha_nominal": 0.4}}
+        labels["agreement_by_question"] = parts
     add_step(run, number, "labels", labels)
     pair = {"completions": ["A fish.", HOSTILE], "policies": ["sft", "round_1"], "truncated": [False, True]}
     blank = {"target": None, "best": None, "ranking": None, "incomparable": False, "num_labels": 2}
@@ -142,6 +147,9 @@ def test_the_table_by_round(run):
     page = loop_page(read_loop(run))
     assert row_of(page, "labels so far") == ["-", "10", "20", "30"]
     assert row_of(page, "agreement, share of pairs") == ["-", "0.810", "0.820", "0.830"]
+    assert row_of(page, "agreement on ranking, share of pairs") == ["-", "-", "0.900", "0.900"]
+    assert row_of(page, "agreement on pair, Krippendorff&#x27;s alpha") == ["-", "-", "0.500", "0.500"]
+    assert row_of(page, "comparisons on which annotators split evenly") == ["-", "-", "1", "2"]
     assert row_of(page, "ensemble&#x27;s disagreement, those selected") == ["-", "0.500", "0.500", "0.500"]
     assert "disagreement, all samples" not in page  # a line without a number
     assert row_of(page, "reward model: held-out accuracy") == ["-", "0.750", "0.800", "0.850"]
@@ -187,6 +195,9 @@ def test_passwords_stay_out(run):
     page = loop_page(read_loop(run))
     assert "postgresql://anna:***@host/labels?password=***" in page
     assert "secret" not in page and "hidden" not in page
+    for password in ("pa/ss", "p@ss", "a/b@c"):
+        shown = settings_section({"loop": {"store": f"postgresql://anna:{password}@host/labels"}})
+        assert "postgresql://anna:***@host/labels" in shown and password not in shown
 
 
 def test_answers_side_by_side(run):
@@ -255,6 +266,12 @@ def test_what_was_asked_comes_before_what_was_not(run):
     assert "secret" not in section and "hidden" not in section
     assert len(folded) == 2 and "loop: flags at their defaults" in folded[0] and "dtype" in folded[1]
     assert row_of(folded[0], "overlap") == ["1"] and row_of(folded[0], "labels") == ["people"]
+
+
+def test_votes_that_split_are_no_tie():
+    row = {"completions": ["one", "two"], "target": [0.5, 0.5], "num_labels": 2}
+    assert _verdicts({**row, "split": False})[0] == "tie"
+    assert _verdicts({**row, "split": True})[0] == "split evenly"
 
 
 def test_plots(run):
