@@ -1,0 +1,104 @@
+"""One process of `speed.py` that trains with TRL 1.12's PPO; runs in an environment of its own.
+
+    python benchmarks/speed_trl112.py SETTINGS.json OUTPUT.json
+
+LoRA goes on the policy alone, by the trainer's own `peft_config`; the reference is then the policy without it. Critic
+and reward model are whole models, and the whole critic is trained.
+"""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from speed_world import (
+    Meter,
+    Run,
+    checksum,
+    forget_peak,
+    prompts_of,
+    random_policy,
+    random_reward,
+    read_run,
+    release,
+    resident,
+    tokenizer_of,
+    trained_parameters,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+
+def build(run: Run, folder: Path) -> tuple[PPOTrainer, Meter, float]:
+    tokenizer, policy, reward = tokenizer_of(run), random_policy(run), random_reward(run)
+    weights = checksum(policy)
+    rows = prompts_of(run, tokenizer).map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})
+    lora = run.lora(policy.config, "CAUSAL_LM") if run.adapted_layers else None
+    args = PPOConfig(
+        output_dir=str(folder),
+        seed=run.seed,
+        per_device_train_batch_size=run.micro_batch,
+        gradient_accumulation_steps=run.episodes // run.micro_batch,
+        num_mini_batches=1,
+        num_ppo_epochs=run.epochs,
+        local_rollout_forward_batch_size=run.rollout_batch,
+        total_episodes=run.episodes * (run.iterations + 1),
+        num_sample_generations=0,
+        response_length=run.completion[1],
+        stop_token=None,  # nothing ends a completion, and none is fined for it
+        missing_eos_penalty=None,
+        temperature=1.0,
+        kl_coef=0.05,
+        learning_rate=3e-6,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **run.options,
+    )
+    meter = Meter(steps=1)
+    trainer = PPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward,
+        value_model=copy.deepcopy(reward),
+        train_dataset=rows.remove_columns("prompt"),
+        peft_config=lora,
+        callbacks=[meter],
+    )
+    base = trainer.model.policy.get_base_model() if lora else trainer.model.policy
+    meter.watch(run, base, trainer.model)
+    return trainer, meter, weights
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    np.random.seed(run.seed)
+    trainer, meter, weights = build(run, folder)
+    trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    found = {"checksum": weights, "trained": trained_parameters(trainer.model), "optimizer": type(optimizer).__name__}
+    return {**found, **meter.result()}
+
+
+def main() -> None:
+    run, output = read_run()
+    torch.set_num_threads(run.threads)
+    with tempfile.TemporaryDirectory() as name:
+        train(run.tiny(), Path(name) / "tiny")
+        release()
+        baseline = resident()
+        forget_peak()
+        found = train(run, Path(name) / "run")
+        found |= {"baseline": baseline, "peak": resident("VmHWM") - baseline}
+    output.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
