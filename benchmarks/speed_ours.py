@@ -1,6 +1,6 @@
 """One process of `speed.py` that trains with ours, or, for `generation`, only samples the same rollout.
 
-    python benchmarks/speed_ours.py SETTINGS.json OUTPUT.json
+python benchmarks/speed_ours.py SETTINGS.json OUTPUT.json
 """
 
 import json
@@ -10,20 +10,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from speed_world import (
-    Meter,
-    Run,
-    checksum,
-    forget_peak,
-    prompts_of,
-    random_policy,
-    random_reward,
-    read_run,
-    release,
-    resident,
-    tokenizer_of,
-    trained_parameters,
-)
+from speed_meter import Meter, forget_peak, release, resident, trained_parameters
+from speed_world import Run, checksum, prompts_of, random_policy, random_reward, read_run, tokenizer_of
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, GenerationConfig
 
 from rlhf_ext import PPOConfig, PPOTrainer
@@ -49,11 +37,14 @@ def off_the_file(model: Any) -> Any:
     return model
 
 
-def policy_of(run: Run) -> Any:
-    if not run.model:
+def policy_of(run: Run, folder: Path) -> Any:
+    if not run.nf4:
         return random_policy(run)
-    loading = {"quantization_config": quantization_of(run)} if run.nf4 else {}
-    return off_the_file(load_policy(run.model, dtype=getattr(torch, run.dtype), **loading))
+    source = run.model
+    if source is None:
+        source = str(folder / "base")
+        random_policy(run).save_pretrained(source)
+    return off_the_file(load_policy(source, dtype=getattr(torch, run.dtype), quantization_config=quantization_of(run)))
 
 
 def save_reward_adapter(run: Run, folder: Path) -> str:
@@ -66,8 +57,8 @@ def save_reward_adapter(run: Run, folder: Path) -> str:
     return str(folder)
 
 
-def build(run: Run, folder: Path, adapter: str | None) -> tuple[PPOTrainer, Meter, float]:
-    tokenizer, policy = tokenizer_of(run), policy_of(run)
+def build(run: Run, folder: Path, tokenizer: Any, adapter: str | None) -> tuple[PPOTrainer, Meter, float]:
+    policy = policy_of(run, folder)
     weights, parts = checksum(policy), run.episodes // run.micro_batch
     args = PPOConfig(
         output_dir=str(folder),
@@ -102,11 +93,19 @@ def build(run: Run, folder: Path, adapter: str | None) -> tuple[PPOTrainer, Mete
         **rewards,
     )
     meter.watch(run, base_of(trainer.model), trainer.model)
+    rollout = trainer._generate_and_score_completions
+
+    def counted(inputs: Any) -> dict[str, Any]:
+        batch = rollout(inputs)
+        meter.tokens += int(batch["completion_mask"].sum())
+        return batch
+
+    trainer._generate_and_score_completions = counted
     return trainer, meter, weights
 
 
-def train(run: Run, folder: Path, adapter: str | None) -> dict[str, Any]:
-    trainer, meter, weights = build(run, folder, adapter)
+def train(run: Run, *given: Any) -> dict[str, Any]:
+    trainer, meter, weights = build(run, *given)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     found = {"checksum": weights, "trained": trained_parameters(trainer.model), "optimizer": type(optimizer).__name__}
@@ -114,9 +113,9 @@ def train(run: Run, folder: Path, adapter: str | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def generate(run: Run) -> dict[str, Any]:
+def generate(run: Run, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The rollout of one iteration with the base alone, as the trainer samples it."""
-    tokenizer, policy = tokenizer_of(run), policy_of(run).eval()
+    policy = policy_of(run, folder).eval()
     tokenizer.padding_side = "left"
     meter = Meter(steps=1)
     meter.watch(run, policy, policy)
@@ -124,27 +123,26 @@ def generate(run: Run) -> dict[str, Any]:
     config = GenerationConfig(max_new_tokens=run.completion[1], do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     policy.generate(**rows, generation_config=config)
-    found = {"checksum": checksum(policy), "trained": 0, "optimizer": "", "warm_up": meter.generated}
-    return {**found, "seconds": [], "phases": {}, "tokens": meter.tokens, "optimizer_steps": 0}
+    return {"checksum": checksum(policy), "trained": 0, "optimizer": "none", **meter.result()}
 
 
 def main() -> None:
     run, output = read_run()
     torch.set_num_threads(run.threads)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        adapters = dict.fromkeys(("tiny", "full"))
+        folder, tiny, adapters = Path(name), run.tiny(), [None, None]
         if run.adapted_layers:
-            adapters = {"tiny": save_reward_adapter(run.tiny(), folder / "tiny_adapter")}
-            adapters["full"] = save_reward_adapter(run, folder / "adapter")
-        train(run.tiny(), folder / "tiny", adapters["tiny"])
+            adapters = [save_reward_adapter(r, folder / str(r.layers) / "reward") for r in (tiny, run)]
+        # Much is imported on first use, and the tokenizer of a large vocabulary takes 200 MiB: both come before.
+        train(tiny, folder / "tiny", tokenizer_of(tiny), adapters[0])
+        tokenizer = tokenizer_of(run)
         release()
         baseline = resident()
         forget_peak()
         if run.side == "generation":
-            found = generate(run)
+            found = generate(run, folder / "run", tokenizer)
         else:
-            found = train(run, folder / "run", adapters["full"])
+            found = train(run, folder / "run", tokenizer, adapters[1])
         found |= {"baseline": baseline, "peak": resident("VmHWM") - baseline}
     output.write_text(json.dumps(found))
 

@@ -14,25 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed_world import (
-    Meter,
-    Run,
-    checksum,
-    forget_peak,
-    prompts_of,
-    random_policy,
-    random_reward,
-    read_run,
-    release,
-    resident,
-    tokenizer_of,
-    trained_parameters,
-)
+from speed_meter import Meter, forget_peak, release, resident, trained_parameters
+from speed_world import Run, checksum, prompts_of, random_policy, random_reward, read_run, tokenizer_of
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
-def build(run: Run, folder: Path) -> tuple[PPOTrainer, Meter, float]:
-    tokenizer, policy, reward = tokenizer_of(run), random_policy(run), random_reward(run)
+def build(run: Run, folder: Path, tokenizer: Any) -> tuple[PPOTrainer, Meter, float]:
+    policy, reward = random_policy(run), random_reward(run)
     weights = checksum(policy)
     rows = prompts_of(run, tokenizer).map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})
     lora = run.lora(policy.config, "CAUSAL_LM") if run.adapted_layers else None
@@ -78,9 +66,9 @@ def build(run: Run, folder: Path) -> tuple[PPOTrainer, Meter, float]:
     return trainer, meter, weights
 
 
-def train(run: Run, folder: Path) -> dict[str, Any]:
+def train(run: Run, *given: Any) -> dict[str, Any]:
     np.random.seed(run.seed)
-    trainer, meter, weights = build(run, folder)
+    trainer, meter, weights = build(run, *given)
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     found = {"checksum": weights, "trained": trained_parameters(trainer.model), "optimizer": type(optimizer).__name__}
@@ -91,11 +79,13 @@ def main() -> None:
     run, output = read_run()
     torch.set_num_threads(run.threads)
     with tempfile.TemporaryDirectory() as name:
-        train(run.tiny(), Path(name) / "tiny")
+        tiny = run.tiny()
+        train(tiny, Path(name) / "tiny", tokenizer_of(tiny))
+        tokenizer = tokenizer_of(run)
         release()
         baseline = resident()
         forget_peak()
-        found = train(run, Path(name) / "run")
+        found = train(run, Path(name) / "run", tokenizer)
         found |= {"baseline": baseline, "peak": resident("VmHWM") - baseline}
     output.write_text(json.dumps(found))
 
