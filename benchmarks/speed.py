@@ -15,7 +15,8 @@ and trained for one iteration, above what the process held after its imports and
 allocator settings on both sides, in processes of their own (see `speed_process.py`).
 
 W1-W3: TRL 1.12, with LoRA on its policy alone, the only place that its `peft_config` reaches; its critic is a whole
-model. W4: ours without what saves padding. W5, memory only: sampling the same rollout with the one base.
+model. W2c and W3c: the same against a critic that was given adapters by hand. W4: ours without what saves padding.
+W5, memory only: sampling the same rollout with the one base.
 """
 
 import argparse
@@ -72,8 +73,7 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
     found: dict[str, Any] = {"time": {side: [] for side in workload.sides}}
     found["memory"] = {side: [] for side in workload.sides}
     found["settings"] = {side: settings(name, side, args.iterations, grid, args.model) for side in workload.sides}
-    plan = [("memory", 0)] * max(args.memory_pairs, 1 if workload.time_goal is None else 0)
-    plan += [("time", args.iterations)] * (args.pairs if workload.time_goal else 0)
+    plan = [("memory", 0)] * args.memory_pairs + [("time", args.iterations)] * (args.pairs if workload.timed else 0)
     for number, (kind, iterations) in enumerate(plan):
         order = workload.sides if number % 2 == 0 else workload.sides[::-1]
         for side in order:
@@ -91,7 +91,7 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
 def search(args: argparse.Namespace, names: list[str], places: dict[str, Path], stored: dict[str, Any]) -> int:
     """Short runs over the grid, one workload and side after the other; what is stored of others stays."""
     best, seconds = stored.get("best", {}), stored.get("seconds", {})
-    for name in [name for name in names if WORKLOADS[name].time_goal]:
+    for name in [name for name in names if WORKLOADS[name].timed]:
         for side in WORKLOADS[name].sides:
             tried: list[tuple[float, dict[str, Any]]] = []
 

@@ -67,12 +67,16 @@ def _row(name: str, numbers: dict[str, Any]) -> list[Any]:
     if numbers["time_ratios"]:
         middle, low, high, _ = median_interval(numbers["time_ratios"])
         row += [round(numbers["seconds"][side]["median"], 2) for side in (ours, theirs)]
-        row += [f"{middle:.2f}x [{low:.2f}, {high:.2f}]", workload.time_goal, middle >= workload.time_goal]
+        row += [f"{middle:.2f}x [{low:.2f}, {high:.2f}]", workload.time_goal, _reached(middle, workload.time_goal)]
     else:
         row += [None] * 5
     ratio, goal = statistics.median(numbers["memory_ratios"]), workload.memory_goal
     row += [round(numbers["peak_bytes"][side]["median"] / MIB) for side in (ours, theirs)]
-    return [*row, round(ratio, 3), goal, None if goal is None else ratio <= goal]
+    return [*row, round(ratio, 3), goal, _reached(-ratio, goal and -goal)]
+
+
+def _reached(value: float, goal: float | None) -> bool | None:
+    return None if goal is None else value >= goal
 
 
 def grid_result(best: dict[str, Any], seconds: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/speed_trl112.py SETTINGS.json OUTPUT.json
 
 LoRA goes on the policy alone, by the trainer's own `peft_config`; the reference is then the policy without it. Critic
-and reward model are whole models, and the whole critic is trained.
+and reward model are whole models, and the whole critic is trained; with `critic_lora` it is passed with adapters.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model
 from speed_meter import Meter, forget_peak, release, resident, trained_parameters
 from speed_world import Run, checksum, prompts_of, random_policy, random_reward, read_run, tokenizer_of
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -23,6 +24,9 @@ def build(run: Run, folder: Path, tokenizer: Any) -> tuple[PPOTrainer, Meter, fl
     policy, reward = random_policy(run), random_reward(run)
     weights = checksum(policy)
     rows = prompts_of(run, tokenizer).map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})
+    critic = copy.deepcopy(reward)
+    if run.critic_lora:
+        critic = get_peft_model(critic, run.lora(critic.config, "SEQ_CLS"))
     lora = run.lora(policy.config, "CAUSAL_LM") if run.adapted_layers else None
     args = PPOConfig(
         output_dir=str(folder),
@@ -56,7 +60,7 @@ def build(run: Run, folder: Path, tokenizer: Any) -> tuple[PPOTrainer, Meter, fl
         model=policy,
         ref_model=None,
         reward_model=reward,
-        value_model=copy.deepcopy(reward),
+        value_model=critic,
         train_dataset=rows.remove_columns("prompt"),
         peft_config=lora,
         callbacks=[meter],

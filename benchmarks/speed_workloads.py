@@ -21,7 +21,10 @@ field: it generates the rollout at once and scores in micro-batches."""
 
 @dataclass(frozen=True)
 class Workload:
-    """`run` holds fields of `speed_world.Run` for both sides, `ours` and `theirs` fields of each configuration."""
+    """`run` holds fields of `speed_world.Run` for both sides, `peer_run` for the peer, `ours` fields of `PPOConfig`.
+
+    Only memory is measured where it is not `timed`.
+    """
 
     what: str
     peer: str
@@ -29,9 +32,11 @@ class Workload:
     memory_goal: float | None
     run: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
-    theirs: dict[str, Any] = field(default_factory=dict)
+    peer_run: dict[str, Any] = field(default_factory=dict)
     point: dict[str, Any] = field(default_factory=dict)
     """Of the grid, where none was stored."""
+
+    timed: bool = True
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -41,6 +46,8 @@ class Workload:
 RAGGED = {"adapted_layers": 8, "prompt": (4, 64), "completion": (8, 64)}
 GEMMA = {"adapted_layers": 6, "nf4": True, "dtype": "bfloat16"}
 FEW_ROWS = {"micro_batch": 4}
+# A model with adapters may be passed as TRL 1.12's critic, and trains. No argument of it says so.
+CRITIC_TOO = {"critic_lora": True}
 
 WORKLOADS = {
     "W1": Workload("full fine-tuning", "trl112", 1.2, 0.8),
@@ -48,7 +55,13 @@ WORKLOADS = {
     "W3": Workload("LoRA r=16 on the top 2 of 8 layers", "trl112", 5.0, 0.4, {"adapted_layers": 2}),
     "W4": Workload("as W2, prompts 4-64, completions 8-64 tokens", "padded", 2.0, None, RAGGED, PADDING_SAVERS),
     "W5": Workload(
-        "Gemma 3 270M, NF4, LoRA on the top 6 of 18 layers", "generation", None, 1.3, GEMMA, {}, {}, FEW_ROWS
+        "Gemma 3 270M, NF4, LoRA on the top 6 layers", "generation", None, 1.3, GEMMA, point=FEW_ROWS, timed=False
+    ),
+    "W2c": Workload(
+        "as W2, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 8}, peer_run=CRITIC_TOO
+    ),
+    "W3c": Workload(
+        "as W3, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 2}, peer_run=CRITIC_TOO
     ),
 }
 
@@ -63,10 +76,10 @@ def settings(
             `{workload: {side: point}}` as `--grid` stored it; a point holds `threads`, `micro_batch`, `rollout_batch`.
     """
     workload = WORKLOADS[name]
-    options = {**OURS, **workload.ours} if side == "ours" else dict(workload.theirs)
+    own = {"options": {**OURS, **workload.ours}} if side == "ours" else workload.peer_run
     point = grid.get(name, {}).get(side, {"threads": 1, "micro_batch": 16, "rollout_batch": 32, **workload.point})
-    fixed = {"workload": name, "side": side, "seed": seed, "iterations": iterations, "options": options}
-    return {**fixed, **workload.run, **point, **({"model": model} if workload.run.get("nf4") else {})}
+    fixed = {"workload": name, "side": side, "seed": seed, "iterations": iterations}
+    return {**fixed, **workload.run, **own, **point, **({"model": model} if workload.run.get("nf4") else {})}
 
 
 def first_points() -> list[dict[str, Any]]:

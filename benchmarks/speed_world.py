@@ -48,6 +48,8 @@ class Run:
     vocabulary: int = 8192
     adapted_layers: int | None = None
     """LoRA r=16 on every linear layer of so many layers, counted from the top; None trains the whole model."""
+    critic_lora: bool = False
+    """Whether TRL 1.12's critic gets adapters too; ours always does."""
     model: str | None = None
     """Folder of a causal language model instead of a random one."""
     nf4: bool = False

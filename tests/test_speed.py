@@ -51,9 +51,9 @@ def test_fields_of_ours_reach_ours_alone(monkeypatch):
     monkeypatch.setitem(speed_workloads.OURS, "everywhere", 1)
     monkeypatch.setitem(speed_workloads.PADDING_SAVERS, "saver", 2)
     assert settings("W4", "ours", 1, {})["options"] == {"everywhere": 1, "saver": 2}
-    assert settings("W4", "padded", 1, {})["options"] == {}
+    assert "options" not in settings("W4", "padded", 1, {})
     assert settings("W1", "ours", 1, {})["options"] == {"everywhere": 1}
-    assert settings("W1", "trl112", 1, {})["options"] == {}
+    assert "options" not in settings("W1", "trl112", 1, {}) and settings("W3c", "trl112", 1, {})["critic_lora"]
     point = {"threads": 2, "micro_batch": 8, "rollout_batch": 16}
     run = Run(**settings("W3", "trl112", 1, {"W3": {"trl112": point}}))
     assert (run.threads, run.micro_batch, run.rollout_batch, run.adapted_layers) == (2, 8, 16, 2)
