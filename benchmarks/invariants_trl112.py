@@ -25,8 +25,8 @@ PACKAGES = (["torch==2.13.0"], ["trl==1.12.0", "rich"])
 DONE = ".done"
 
 
-def environment(folder: Path) -> Path:
-    """The Python of an environment with TRL 1.12; made unless `folder` holds a whole one.
+def environment(folder: Path, packages: tuple[list[str], ...] = PACKAGES) -> Path:
+    """The Python of an environment with TRL 1.12, or with other `packages`; made unless `folder` holds a whole one.
 
     Raises:
         TimeoutError: another process began to make it and did not end within half an hour.
@@ -40,8 +40,8 @@ def environment(folder: Path) -> Path:
             time.sleep(1)
         raise TimeoutError(f"{folder} exists without {DONE}. Remove it to build it again.") from None
     venv.create(folder, with_pip=True)
-    for packages in PACKAGES:
-        subprocess.run([folder / "bin" / "pip", "install", "--quiet", *packages], check=True)
+    for together in packages:
+        subprocess.run([folder / "bin" / "pip", "install", "--quiet", *together], check=True)
     (folder / DONE).touch()
     return folder / "bin" / "python"
 

@@ -1,0 +1,98 @@
+"""The workloads of `speed.py`, and every setting of both sides, in one place.
+
+A field of `PPOConfig` that makes a workload faster belongs into `ours` of its workload, or into `OURS` for all.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+OURS: dict[str, Any] = {}
+"""Fields of `PPOConfig` for every run of ours but the padded one of W4 and W5's peer."""
+
+PADDING_SAVERS: dict[str, Any] = {}
+"""Fields of `PPOConfig` that save padding: what W4 measures. They are no part of its peer, nor is `OURS`."""
+
+GRID = {"threads": (1, 2), "micro_batch": (8, 16, 32)}
+GRID_NOTE = """Both sides: threads 1 and 2, micro-batches of 8, 16 and 32 rows. TRL 1.12's
+`local_rollout_forward_batch_size` is 32 there, and its fastest point is then tried with 8 and 16. Ours has no such
+field: it generates the rollout at once and scores in micro-batches."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`run` holds fields of `speed_world.Run` for both sides, `peer_run` for the peer, `ours` fields of `PPOConfig`.
+
+    Only memory is measured where it is not `timed`.
+    """
+
+    what: str
+    peer: str
+    time_goal: float | None
+    memory_goal: float | None
+    run: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    peer_run: dict[str, Any] = field(default_factory=dict)
+    point: dict[str, Any] = field(default_factory=dict)
+    """Of the grid, where none was stored."""
+
+    timed: bool = True
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        return "ours", self.peer
+
+
+RAGGED = {"adapted_layers": 8, "prompt": (4, 64), "completion": (8, 64)}
+GEMMA = {"adapted_layers": 6, "nf4": True, "dtype": "bfloat16"}
+FEW_ROWS = {"micro_batch": 4}
+# A model with adapters may be passed as TRL 1.12's critic, and trains. No argument of it says so.
+CRITIC_TOO = {"critic_lora": True}
+
+WORKLOADS = {
+    "W1": Workload("full fine-tuning", "trl112", 1.2, 0.8),
+    "W2": Workload("LoRA r=16 on all 8 layers", "trl112", 2.0, 0.5, {"adapted_layers": 8}),
+    "W3": Workload("LoRA r=16 on the top 2 of 8 layers", "trl112", 5.0, 0.4, {"adapted_layers": 2}),
+    "W4": Workload("as W2, prompts 4-64, completions 8-64 tokens", "padded", 2.0, None, RAGGED, PADDING_SAVERS),
+    "W5": Workload(
+        "Gemma 3 270M, NF4, LoRA on the top 6 layers", "generation", None, 1.3, GEMMA, point=FEW_ROWS, timed=False
+    ),
+    "W2c": Workload(
+        "as W2, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 8}, peer_run=CRITIC_TOO
+    ),
+    "W3c": Workload(
+        "as W3, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 2}, peer_run=CRITIC_TOO
+    ),
+}
+
+
+def settings(
+    name: str, side: str, iterations: int, grid: dict[str, Any], model: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """The JSON of one process.
+
+    Args:
+        grid (`dict`):
+            `{workload: {side: point}}` as `--grid` stored it; a point holds `threads`, `micro_batch`, `rollout_batch`.
+    """
+    workload = WORKLOADS[name]
+    own = {"options": {**OURS, **workload.ours}} if side == "ours" else workload.peer_run
+    point = grid.get(name, {}).get(side, {"threads": 1, "micro_batch": 16, "rollout_batch": 32, **workload.point})
+    fixed = {"workload": name, "side": side, "seed": seed, "iterations": iterations}
+    return {**fixed, **workload.run, **own, **point, **({"model": model} if workload.run.get("nf4") else {})}
+
+
+def first_points() -> list[dict[str, Any]]:
+    return [
+        {"threads": threads, "micro_batch": rows, "rollout_batch": 32}
+        for threads in GRID["threads"]
+        for rows in GRID["micro_batch"]
+    ]
+
+
+def second_points(side: str, best: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**best, "rollout_batch": rows} for rows in (8, 16)] if side == "trl112" else []
+
+
+def described() -> dict[str, Any]:
+    return {name: asdict(workload) for name, workload in WORKLOADS.items()}
