@@ -148,6 +148,13 @@ def exponent(points: list[tuple[float, float]]) -> tuple[float, float, float]:
     return slope, slope - half, slope + half
 
 
+def verdict(fit: tuple[float, float, float], of_work: float) -> str:
+    """Where the exponent of the work lies: above the whole interval of `fit`, inside of it, or below."""
+    if fit[1] > of_work:
+        return "FASTER"
+    return "slower" if fit[2] < of_work else "within its interval"
+
+
 def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments: argparse.Namespace) -> dict[str, Any]:
     """What `benchmarks/results.py` renders: per axis medians, exponents, and whether they are those of the work."""
     rows = []
@@ -159,7 +166,7 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
             fit = exponent([(n, found[key]) for n, repeats in points[axis].items() for found in repeats])
             medians = [statistics.median(f[key] for f in repeats) / unit for repeats in points[axis].values()]
             row += [", ".join(f"{value:.3g}" for value in medians), f"{fit[0]:.2f} [{fit[1]:.2f}, {fit[2]:.2f}]"]
-            row.append("yes" if fit[1] <= of_work or fit[0] <= of_work else "no")
+            row.append(verdict(fit, of_work))
         rows.append(row)
     return {
         "title": "Growth of one PPO iteration: exponents of time and memory beside the exponent of the counted work",
@@ -171,17 +178,17 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
             "exponent of the work",
             "seconds",
             "exponent of the time",
-            "not faster than the work",
+            "against the work",
             "peak, MiB",
             "exponent of the memory",
-            "not faster than the work",
+            "against the work",
         ],
         "rows": rows,
         "notes": [
             f"{BASE.layers} layers, {BASE.hidden} wide, vocabulary {BASE.vocabulary}, {BASE.episodes} episodes of "
             f"{BASE.prompt} + {BASE.completion} tokens in micro-batches of {BASE.micro_batch}, {BASE.epochs} epochs "
-            f"of one step, {arguments.threads} thread(s); roles in the order {', '.join(ROLES)}; completions per prompt "
-            f"with {PROMPTS} prompts. Medians of {arguments.repeats} processes; intervals 95%, over all of them.",
+            f"of one step, {arguments.threads} thread(s); roles in the order {', '.join(ROLES)}; completions per "
+            f"prompt with {PROMPTS} prompts. Medians of {arguments.repeats} processes; intervals 95%, over all of them.",
         ],
     }
 
