@@ -188,7 +188,7 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
             f"{BASE.layers} layers, {BASE.hidden} wide, vocabulary {BASE.vocabulary}, {BASE.episodes} episodes of "
             f"{BASE.prompt} + {BASE.completion} tokens in micro-batches of {BASE.micro_batch}, {BASE.epochs} epochs "
             f"of one step, {arguments.threads} thread(s); roles in the order {', '.join(ROLES)}; completions per "
-            f"prompt with {PROMPTS} prompts. Medians of {arguments.repeats} processes; intervals 95%, over all of them.",
+            f"prompt with {PROMPTS} prompts. Medians of {arguments.repeats} processes; 95% intervals over all.",
         ],
     }
 

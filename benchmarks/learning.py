@@ -30,6 +30,7 @@ from ppo_shape import ROOT, offline
 
 GOAL = 3.0
 PEER = "ppo_trl112"
+OURS = ("ppo", "nlpo")
 EVALUATION_SEED = 7
 
 
@@ -196,7 +197,8 @@ def result(spec: dict[str, Any], runs: dict[tuple[str, int], Any], tuned: dict[s
     """What `benchmarks/results.py` renders; ratios are paired by seed."""
     seeds = sorted({seed for _, seed in runs})
     seconds = {p["name"]: [runs[p["name"], seed]["seconds"] for seed in seeds] for p in spec["programs"]}
-    ours, *peers = [program["name"] for program in spec["programs"]]
+    ours = spec["programs"][0]["name"]
+    peers = [p["name"] for p in spec["programs"] if p["trainer"] not in OURS]
     best = min(peers, key=lambda name: geometric(seconds[name])[0])
     rows = []
     for name, values in seconds.items():
