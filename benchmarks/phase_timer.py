@@ -81,7 +81,7 @@ class IterationTimes(TrainerCallback):
         trainer: one of `PPOTrainer`.
         steps (`int`): optimizer steps of an iteration.
         profile (`bool`): whether torch's profiler watches the last step, in which no rollout falls.
-        clock: the time.
+        clock: the time of the phases; the profiler has its own, wall time.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class IterationTimes(TrainerCallback):
 
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
             self.profiler.__enter__()
-            self.profiled_seconds = -self.timer.clock()
+            self.profiled_seconds = -time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.profiler is not None:
-            self.profiled_seconds += self.timer.clock()
+            self.profiled_seconds += time.perf_counter()
             self.profiler.__exit__(None, None, None)
         if state.global_step % self.steps == 0:
             self.iterations.append(self.timer.take())
