@@ -12,7 +12,6 @@ points: nothing may grow faster than its work. Memory is the peak above what the
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -131,7 +130,7 @@ def run(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.add_callback(times)
     trainer.train()
     seconds = [sum(iteration.values()) for iteration in times.iterations[1:]]
-    return {"seconds": statistics.median(seconds), "peak": meter.peak() - baseline, "pid": os.getpid()}
+    return {"seconds": statistics.median(seconds), "peak": meter.peak() - baseline}
 
 
 def exponent(points: list[tuple[float, float]]) -> tuple[float, float, float]:
