@@ -10,8 +10,8 @@ from typing import Any
 OURS: dict[str, Any] = {}
 """Fields of `PPOConfig` for every run of ours but the padded one of W4 and W5's peer."""
 
-PADDING_SAVERS: dict[str, Any] = {}
-"""Fields of `PPOConfig` that save padding: what W4 measures. They are no part of its peer, nor is `OURS`."""
+PADDED: dict[str, Any] = {"skip_padding": False}
+"""Our own padded run, the peer of W4."""
 
 GRID = {"threads": (1, 2), "micro_batch": (8, 16, 32)}
 GRID_NOTE = """Both sides: threads 1 and 2, micro-batches of 8, 16 and 32 rows. TRL 1.12's
@@ -53,7 +53,9 @@ WORKLOADS = {
     "W1": Workload("full fine-tuning", "trl112", 1.2, 0.8),
     "W2": Workload("LoRA r=16 on all 8 layers", "trl112", 2.0, 0.5, {"adapted_layers": 8}),
     "W3": Workload("LoRA r=16 on the top 2 of 8 layers", "trl112", 5.0, 0.4, {"adapted_layers": 2}),
-    "W4": Workload("as W2, prompts 4-64, completions 8-64 tokens", "padded", 2.0, None, RAGGED, PADDING_SAVERS),
+    "W4": Workload(
+        "as W2, prompts 4-64, completions 8-64 tokens", "padded", 2.0, None, RAGGED, peer_run={"options": PADDED}
+    ),
     "W5": Workload(
         "Gemma 3 270M, NF4, LoRA on the top 6 layers", "generation", None, 1.3, GEMMA, point=FEW_ROWS, timed=False
     ),

@@ -49,9 +49,8 @@ def test_ratios_are_by_pair_and_their_own_way_round():
 
 def test_fields_of_ours_reach_ours_alone(monkeypatch):
     monkeypatch.setitem(speed_workloads.OURS, "everywhere", 1)
-    monkeypatch.setitem(speed_workloads.PADDING_SAVERS, "saver", 2)
-    assert settings("W4", "ours", 1, {})["options"] == {"everywhere": 1, "saver": 2}
-    assert "options" not in settings("W4", "padded", 1, {})
+    assert settings("W4", "ours", 1, {})["options"] == {"everywhere": 1}
+    assert settings("W4", "padded", 1, {})["options"] == {"skip_padding": False}
     assert settings("W1", "ours", 1, {})["options"] == {"everywhere": 1}
     assert "options" not in settings("W1", "trl112", 1, {}) and settings("W3c", "trl112", 1, {})["critic_lora"]
     point = {"threads": 2, "micro_batch": 8, "rollout_batch": 16}

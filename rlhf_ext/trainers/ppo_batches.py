@@ -4,12 +4,14 @@ The rows of an optimizer step stay the same, and so does its gradient up to roun
 it is gathered change.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..functional.batching import length_chunks, split_by_length
+from ..models.live_sampling import only_live_rows
 
 
 Batch = dict[str, torch.Tensor | None]
@@ -21,10 +23,18 @@ class BatchesMixin:
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not before and self.args.balance_micro_batches:
+        if self.model.training and self._buffered_inputs is not before and self.args.skip_padding:
             self._buffered_inputs = balance(self._buffered_inputs, self.args.gradient_accumulation_steps)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    def _sampling(self) -> AbstractContextManager[None]:
+        """A context in which `generate` lets ended rows go, where every process may do so by itself."""
+        in_pieces = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        masked = getattr(self, "masks", False)  # NLPO's processor keeps a cache of all rows
+        if not self.args.skip_padding or in_pieces or masked:
+            return nullcontext()
+        return only_live_rows(self.roles.model)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -35,7 +45,7 @@ class BatchesMixin:
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        if batch_size is None or batch_size >= len(input_ids):
+        if batch_size is None or batch_size >= len(input_ids) or not self.args.skip_padding:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )

@@ -123,9 +123,11 @@ class PPOConfig(GRPOConfig):
             Completions per prompt.
 
     Parameters that control speed and memory:
-        balance_micro_batches (`bool`, *optional*, defaults to `True`):
-            Whether the rows of an optimizer step are put into its micro-batches by length, such that the largest has
-            as few padded tokens as possible. The gradient of the step is the same.
+        skip_padding (`bool`, *optional*, defaults to `True`):
+            Whether padding is left out of what is computed: models read rows without it, rows of like length go
+            through them together, an optimizer step's rows are split into its micro-batches by length, such that the
+            largest has as few tokens as possible, and rows that have ended leave the batch that is sampled. A step's
+            gradient is the same, and so is the distribution that is sampled from.
         trunk_cache_gib (`float`, *optional*):
             Where adapters stand on the upper layers only, the layers below give the same hidden states to every role
             and epoch: they are computed once per rollout and kept in the CPU's memory, at most this many GiB of them;
@@ -195,8 +197,8 @@ class PPOConfig(GRPOConfig):
     )
 
     # Parameters that control speed and memory
-    balance_micro_batches: bool = field(
-        default=True, metadata={"help": "Whether a step's rows are split by length; its gradient is the same."}
+    skip_padding: bool = field(
+        default=True, metadata={"help": "Whether no padding is computed; gradients and distributions are the same."}
     )
     trunk_cache_gib: float | None = field(
         default=None,

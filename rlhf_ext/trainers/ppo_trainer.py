@@ -241,7 +241,7 @@ class PPOTrainer(
         self.roles.unfreeze()
         trains_entropy = args.entropy_bonus_coef > 0
         tile_fused_head(self.roles.base, self.temperature, entropy_gradient=trains_entropy)
-        self._make_dense()
+        self._save_passes()
         reset_reentrant(args)
         if optimizers[0] is not None:
             self._check_optimizer(optimizers[0])
@@ -250,7 +250,8 @@ class PPOTrainer(
         if self.reference is not None:
             add_fused_lm_head(self.reference, temperature=self.temperature)
             tile_fused_head(self.reference, self.temperature)
-            compute_dense_rows(self.reference.base_model)
+            if args.skip_padding:
+                compute_dense_rows(self.reference.base_model)
             count_positions_from_mask(self.reference.base_model)
             self.reference = prepare_frozen(self.reference, self.accelerator)
         for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:
@@ -295,7 +296,7 @@ class PPOTrainer(
             self._move_penalty()
             self._stopped = False
         with self._texts(mode):
-            with without_generation_defaults(self.roles.model):
+            with without_generation_defaults(self.roles.model), self._sampling():
                 batch = super()._generate_and_score_completions(inputs)
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 rollout = self._complete_rollout(batch, mode)

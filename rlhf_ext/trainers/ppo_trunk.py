@@ -25,12 +25,13 @@ class TrunkMixin:
 
     trunk: TrunkCache | None = None
 
-    def _make_dense(self) -> None:
+    def _save_passes(self) -> None:
         """Set up both; the roles are complete, and train what they will train."""
         base = self.roles.base
-        compute_dense_rows(base.base_model)
-        if (critic := getattr(base, CRITIC, None)) is not None:
-            compute_dense_rows(critic.base_model)
+        if self.args.skip_padding:
+            for model in (base, getattr(base, CRITIC, None)):
+                if model is not None:
+                    compute_dense_rows(model.base_model)
         asked = self.args.trunk_cache_gib
         if asked == 0:
             return

@@ -1,0 +1,108 @@
+"""Sampling that stops paying for finished rows: a decoding loop for `generate(custom_generate=...)`.
+
+`generate` runs every row until the last one has ended. Here rows that have ended leave the batch, and with it the
+key-value cache, whenever a quarter of it has ended. The distribution of each row is the same; the random numbers that
+a row meets are not.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .positions import positions_from_mask
+from .roles import base_of
+
+
+ENDED_SHARE = 0.25
+"""Share of ended rows at which the batch is cut: each cut copies the cache once."""
+
+
+@contextmanager
+def only_live_rows(model: nn.Module) -> Iterator[None]:
+    """Let `model.generate` sample with [`sample_live_rows`] in a `with` block."""
+    base = base_of(model)
+    base.generate = functools.partial(base.generate, custom_generate=sample_live_rows)
+    try:
+        yield
+    finally:
+        del base.generate
+
+
+@torch.no_grad()
+def sample_live_rows(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """
+    Decode as `generate` does, greedily or by sampling, and let ended rows go.
+
+    Args:
+        model (`nn.Module`):
+            Causal language model.
+        input_ids (`torch.Tensor` of shape `(B, P)`):
+            Prompts, padded on the left.
+        logits_processor, stopping_criteria, generation_config:
+            As `generate` made them; processors and criteria must look at each row by itself.
+        model_kwargs:
+            `attention_mask (B, P)` and the cache; the rest is read from the configuration.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P + C)`: prompts and completions, padding behind the end of a row.
+    """
+    mask, cache = model_kwargs["attention_mask"], model_kwargs.get("past_key_values")
+    if cache is None:
+        cache = model_kwargs.get("cache")
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    texts: list[torch.Tensor | None] = [None] * len(rows)
+    ids, new = input_ids, input_ids
+    while len(rows):
+        output = model(
+            input_ids=new,
+            attention_mask=mask,
+            position_ids=positions_from_mask(mask)[:, -new.size(1) :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        scores = logits_processor(ids, output.logits[:, -1].float())
+        new = (draw(scores) if generation_config.do_sample else scores.argmax(-1))[:, None]
+        ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        ends = stopping_criteria(ids, None) & ~ended
+        for place in ends.nonzero().flatten().tolist():
+            texts[int(rows[place])] = ids[place]
+        ended = ended | ends
+        if ended.all():
+            break
+        if ended.float().mean() >= ENDED_SHARE and isinstance(cache, DynamicCache):
+            live = (~ended).nonzero().flatten()
+            cache.batch_select_indices(live)
+            rows, ids, new, mask, ended = (t[live] for t in (rows, ids, new, mask, ended))
+    padding = generation_config.pad_token_id
+    longest = max(len(text) for text in texts if text is not None)
+    padded = input_ids.new_full((len(input_ids), longest), padding if padding is not None else 0)
+    for row, text in enumerate(texts):
+        assert text is not None
+        padded[row, : len(text)] = text
+    return padded
+
+
+def draw(scores: torch.Tensor) -> torch.Tensor:
+    """One token of each row of `(B, V)` logits, by the inverse of the distribution function: one random number a row.
+
+    In float64, where sums over a vocabulary of 262,144 tokens round off less than the rarest of them weighs.
+    """
+    below = scores.softmax(dim=-1).double().cumsum(dim=-1)
+    place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * below[:, -1:]
+    # To the right of equal sums, so that a token of probability 0 is never drawn.
+    return torch.searchsorted(below, place, right=True).clamp(max=scores.size(-1) - 1).squeeze(-1)

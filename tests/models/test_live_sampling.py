@@ -1,0 +1,82 @@
+"""Rows that have ended leave the batch: the same greedy texts as `generate`, the same distribution."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from rlhf_ext.models.live_sampling import draw, only_live_rows
+from tests.tiny import tiny_causal_lm, tiny_tokenizer
+
+
+PROMPTS = [f"w{i} " * (1 + i % 5) + "the cat" for i in range(12)]
+
+
+def setting(kind):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    model = tiny_causal_lm(kind, tokenizer).eval()
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    return model, tokenizer, {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def config(tokenizer, eos, **kwargs):
+    return GenerationConfig(max_new_tokens=24, pad_token_id=tokenizer.pad_token_id, eos_token_id=eos, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_greedy_texts_are_those_of_generate(kind, adapter):
+    model, tokenizer, batch = setting(kind)
+    if adapter:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    free = model.generate(**batch, generation_config=config(tokenizer, None))[:, batch["input_ids"].size(1) :]
+    # Ends that come at different places, and not in every row.
+    counts = torch.bincount(free.flatten(), minlength=len(tokenizer))
+    eos = [token for token in range(len(tokenizer)) if 0 < counts[token] <= 12][:6]
+    expected = model.generate(**batch, generation_config=config(tokenizer, eos))
+    sizes = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, a, out: sizes.append(len(out)))
+    with only_live_rows(model):
+        found = model.generate(**batch, generation_config=config(tokenizer, eos))
+    hook.remove()
+    assert torch.equal(found, expected)
+    assert sizes[0] == len(PROMPTS) and sizes[-1] < len(PROMPTS), "rows have left the batch"
+    again = model.generate(**batch, generation_config=config(tokenizer, eos))
+    assert torch.equal(again, expected), "after the block it is the old one"
+
+
+def test_draws_follow_the_distribution_and_nothing_forbidden_is_drawn():
+    torch.manual_seed(0)
+    scores = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -1.0, -torch.inf]])
+    number = 200_000
+    tokens = draw(scores.expand(number, -1))
+    counts = torch.bincount(tokens, minlength=7).double()
+    expected = scores[0].softmax(-1).double() * number
+    allowed = expected > 0
+    assert not counts[~allowed].any()
+    chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, p = .001
+
+
+def test_first_tokens_and_lengths_are_sampled_as_by_generate():
+    """The share of rows that have ended after each step, of 600 each way: two samples, each within its noise."""
+    model, tokenizer, batch = setting("llama")
+    batch = {name: tensor[:1].expand(600, -1) for name, tensor in batch.items()}
+    eos = [4, 9, 12, 20, 33]
+    ended = []
+    for live in (False, True):
+        torch.manual_seed(3)
+        sampling = config(tokenizer, eos, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        if live:
+            with only_live_rows(model):
+                out = model.generate(**batch, generation_config=sampling)
+        else:
+            out = model.generate(**batch, generation_config=sampling)
+        new = out[:, batch["input_ids"].size(1) :]
+        ends = torch.isin(new, torch.tensor(eos)).int().cumsum(1).clamp(max=1).double().mean(0)
+        ended.append(torch.nn.functional.pad(ends, (0, 24 - len(ends)), value=ends[-1].item()))
+    largest = (ended[0] - ended[1]).abs().max().item()
+    assert largest < 1.95 * (2 / 600) ** 0.5  # Kolmogorov-Smirnov, p = .001
+    assert 0.2 < ended[1][5] < 0.95
