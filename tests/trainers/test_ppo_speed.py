@@ -47,7 +47,7 @@ def reward_adapters(tmp_path_factory):
     return folders
 
 
-def trained(tmp_path, kind, reward_adapters, seed=0, **config):
+def trained(tmp_path, kind, reward_adapters, seed=0, resume=None, **config):
     torch.manual_seed(seed)
     trainer = build(
         tmp_path,
@@ -57,7 +57,7 @@ def trained(tmp_path, kind, reward_adapters, seed=0, **config):
         reward_adapter=reward_adapters[kind],
         config={"num_iterations": 2, "max_steps": 4, "eval_strategy": "no", **config},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return trainer, weights
 
@@ -86,6 +86,16 @@ def test_an_evaluation_leaves_no_texts_and_takes_none_away(tmp_path, reward_adap
     trainer.model.eval()
     trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
     assert trainer.trunk.texts.keys() == before.keys()
+
+
+def test_a_resumed_run_replays_the_layers_of_its_rollout(tmp_path, reward_adapters):
+    """Step 3 is the second epoch of the second rollout."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    _, whole = trained(tmp_path, "llama", reward_adapters, **options)
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    resumed, weights = trained(tmp_path, "llama", reward_adapters, resume=checkpoint, **options)
+    assert resumed.trunk.num_computed == 0 and resumed.trunk.num_replayed > 0
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
