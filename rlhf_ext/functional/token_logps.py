@@ -99,7 +99,8 @@ class _TokenLogps(torch.autograd.Function):
             p = z.exp()
             total = p.sum(-1, keepdim=True)
             logps[rows] = (of_target - total.log()).squeeze(-1)
-            mean = torch.bmm(p[:, None], z[:, :, None]).view(-1, 1) / total
+            with torch.autocast(kind, enabled=False):  # it would cut this product to bf16
+                mean = torch.bmm(p[:, None], z[:, :, None]).view(-1, 1) / total
             entropies[rows] = (total.log() - mean).squeeze(-1)
             if direction is not None:
                 p /= -total

@@ -17,8 +17,9 @@ def compute_dense_rows(backbone: nn.Module) -> list[RemovableHandle]:
     Register the hooks on a transformer backbone (`LlamaModel`, `GPT2Model`, ...) and return their handles.
 
     The last hidden states are those of the rows as they were given, up to the rounding of matrix products, and 0 on
-    padding. Left alone: forwards with a cache, with embeddings of their own, or that also give the hidden states of
-    every layer. To be registered before whatever else looks at the inputs.
+    padding. Only forwards that say `use_cache=False`; left alone are those with embeddings of their own, and those
+    that also give the hidden states of every layer or the choices of experts. To be registered before whatever else
+    looks at the inputs.
     """
     dense = _DenseRows()
     return [
@@ -35,8 +36,9 @@ class _DenseRows:
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
             return None
-        own = ("past_key_values", "inputs_embeds", "use_cache", "output_hidden_states", "cache")
-        if any(kwargs.get(name) is not None and kwargs[name] is not False for name in own):
+        given = any(kwargs.get(name) is not None for name in ("past_key_values", "cache", "inputs_embeds"))
+        routed = kwargs.get("output_router_logits") or getattr(module.config, "output_router_logits", False)
+        if kwargs.get("use_cache") is not False or given or routed or kwargs.get("output_hidden_states"):
             return None
         mask = mask.bool()
         lengths = mask.sum(dim=1)

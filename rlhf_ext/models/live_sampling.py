@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .positions import positions_from_mask
 from .roles import base_of
@@ -24,13 +25,23 @@ ENDED_SHARE = 0.25
 
 @contextmanager
 def only_live_rows(model: nn.Module) -> Iterator[None]:
-    """Let `model.generate` sample with [`sample_live_rows`] in a `with` block."""
+    """Let `model.generate` sample with [`sample_live_rows`] in a `with` block.
+
+    Families that feed a decoding step in their own way keep `generate`'s loop, and so do prompt-learning adapters.
+    """
     base = base_of(model)
-    base.generate = functools.partial(base.generate, custom_generate=sample_live_rows)
+    own_way = type(base).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if own_way or any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        yield
+        return
+    before, given = base.generate, vars(base).get("generate")
+    base.generate = functools.partial(before, custom_generate=sample_live_rows)
     try:
         yield
     finally:
         del base.generate
+        if given is not None:
+            base.generate = given
 
 
 @torch.no_grad()
@@ -58,7 +69,9 @@ def sample_live_rows(
     Returns:
         `torch.Tensor` of shape `(B, P + C)`: prompts and completions, padding behind the end of a row.
     """
-    mask, cache = model_kwargs["attention_mask"], model_kwargs.get("past_key_values")
+    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    if mask is None:  # `generate` drops one that hides nothing
+        mask = torch.ones_like(input_ids)
     if cache is None:
         cache = model_kwargs.get("cache")
     rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -80,11 +93,11 @@ def sample_live_rows(
         ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         ends = stopping_criteria(ids, None) & ~ended
         for place in ends.nonzero().flatten().tolist():
-            texts[int(rows[place])] = ids[place]
+            texts[int(rows[place])] = ids[place].clone()  # no view: it would hold the whole batch
         ended = ended | ends
         if ended.all():
             break
-        if ended.float().mean() >= ENDED_SHARE and isinstance(cache, DynamicCache):
+        if ended.float().mean() >= ENDED_SHARE and _can_be_cut(cache):
             live = (~ended).nonzero().flatten()
             cache.batch_select_indices(live)
             rows, ids, new, mask, ended = (t[live] for t in (rows, ids, new, mask, ended))
@@ -97,12 +110,24 @@ def sample_live_rows(
     return padded
 
 
+def _can_be_cut(cache: Any) -> bool:
+    # Others keep more than keys and values: states of convolutions and recurrences.
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None]))
+
+
 def draw(scores: torch.Tensor) -> torch.Tensor:
     """One token of each row of `(B, V)` logits, by the inverse of the distribution function: one random number a row.
 
-    In float64, where sums over a vocabulary of 262,144 tokens round off less than the rarest of them weighs.
+    In float64, where sums over a vocabulary of 262,144 tokens round off less than the rarest of them weighs (float32
+    on MPS, which has nothing wider).
+
+    Raises:
+        ValueError: the logits of a row are not finite, as those of a policy that has diverged.
     """
-    below = scores.softmax(dim=-1).double().cumsum(dim=-1)
-    place = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * below[:, -1:]
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    below = scores.softmax(dim=-1).to(wide).cumsum(dim=-1)
+    if not below[:, -1].isfinite().all():
+        raise ValueError("The policy's logits are not finite: training has diverged. Lower the learning rate.")
+    place = torch.rand(len(scores), 1, dtype=wide, device=scores.device) * below[:, -1:]
     # To the right of equal sums, so that a token of probability 0 is never drawn.
     return torch.searchsorted(below, place, right=True).clamp(max=scores.size(-1) - 1).squeeze(-1)

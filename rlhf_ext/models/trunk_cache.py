@@ -16,13 +16,19 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .base_quantization import quantization_of
 
+
+logger = logging.get_logger(__name__)
+
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 DEFAULT_GIB = 1.0
 """What the texts of a PPO rollout may take where nothing else is asked for."""
@@ -73,7 +79,7 @@ class TrunkCache:
             )
         self._lower = layers[:num_layers]
         self._check(base)
-        self.max_bytes = max_bytes
+        self.max_bytes, self.enabled, self._told_full = max_bytes, True, False
         self._origin = {
             "base": str(base.config._name_or_path),
             "quantization": json.dumps(quantization_of(base.config), default=str, sort_keys=True),
@@ -124,31 +130,65 @@ class TrunkCache:
         for layer in self._lower:
             del layer.forward
 
-    def _check(self, base: nn.Module) -> None:
-        lower = {id(p) for layer in self._lower for p in layer.parameters()}
-        inputs = {id(p) for p in base.get_input_embeddings().parameters()}
-        trains = [n for n, p in base.named_parameters() if p.requires_grad and id(p) in (lower | inputs)]
+    def _check(self, base: PreTrainedModel) -> None:
+        below = [*_before_the_layers(base), *self._lower]
+        modules = [module for part in below for module in part.modules()]
+        lower = {id(p) for module in modules for p in module.parameters()}
+        trains = [n for n, p in base.named_parameters() if p.requires_grad and id(p) in lower]
         if trains:
             raise ValueError(
                 f"{len(trains)} parameters of the layers to replay train, {trains[0]!r} first, so their output "
                 "changes. Put adapters on the layers above only (`layers_to_transform`), or replay fewer."
             )
-        if any(isinstance(module, BaseTunerLayer) for layer in self._lower for module in layer.modules()):
+        if any(isinstance(module, _ADAPTED) for module in modules):
             raise ValueError(
                 "The layers to replay carry adapters: another one would be given the output of this one. Put adapters "
                 "on the layers above only (`layers_to_transform`), or replay fewer."
             )
-        before = [module for module in self._backbone.children() if not isinstance(module, nn.ModuleList)]
-        parts = [module for part in (*self._lower, *before) for module in part.modules()]
-        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in parts)
-        if drops or (getattr(base.config.get_text_config(), "attention_dropout", None) or 0.0) > 0:
+        rates = [v for m in modules for n, v in vars(m).items() if "dropout" in n and isinstance(v, float)]
+        rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
+        if max(rates, default=0.0) > 0:
             raise ValueError("The layers to replay have dropout, so their output is never the same. Set it to 0.")
+        config = base.config.get_text_config()
+        if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "output_router_logits", False):
+            raise ValueError(
+                "The layers to replay give more than hidden states: keys and values that layers above read "
+                "(`num_kv_shared_layers`), or the choices of experts (`output_router_logits`)."
+            )
         checkpoints = [getattr(layer, "_gradient_checkpointing_func", None) for layer in self._lower]
         if any(getattr(func, "keywords", {}).get("use_reentrant", False) for func in checkpoints):
             raise ValueError(
                 "`gradient_checkpointing` with use_reentrant=True gets no gradient from a replayed layer. Set "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
+
+    @torch.no_grad()
+    def prove(self) -> None:
+        """
+        Compare a short batch computed, stored and replayed, for families that nobody has tried.
+
+        Raises:
+            ValueError: they differ, or the layers are built in another way; the cache is taken off the model.
+        """
+        device = next(self._backbone.parameters()).device
+        ids = torch.arange(1, 9, device=device).view(2, 4) % self._backbone.config.get_text_config().vocab_size
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
+        found, enabled = [], self.enabled
+        try:
+            with self.apart():
+                for self.enabled in (False, True, True):
+                    out = self._backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+                    found.append(out.last_hidden_state[mask.bool()])
+            same = torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        except Exception as error:
+            self.remove()
+            raise ValueError(f"its layers cannot be replayed ({type(error).__name__}: {error})") from error
+        finally:
+            self.enabled = enabled
+            self.num_computed = self.num_replayed = 0
+        if not same:
+            self.remove()
+            raise ValueError("its replayed layers give other numbers than computed ones")
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +205,16 @@ class TrunkCache:
             self.texts = before
 
     def _look_up(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._passes_by = kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is True
+        others = (
+            "past_key_values",
+            "cache",
+            "inputs_embeds",
+            "use_cache",
+            "output_hidden_states",
+            "output_attentions",
+        )
+        asked = any(kwargs.get(name) is not None and kwargs[name] is not False for name in others)
+        self._passes_by = asked or not self.enabled
         if self._passes_by:
             return
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -189,9 +238,18 @@ class TrunkCache:
         taken = 0 if self.max_bytes is None else self.nbytes
         for key, row, keep in zip(self._keys, hidden, self._mask, strict=True):
             text = row[keep].detach()
-            if key not in self.texts and (self.max_bytes is None or taken + text.nbytes <= self.max_bytes):
-                self.texts[key] = text.to("cpu", copy=True)
-                taken += text.nbytes
+            if key in self.texts:
+                continue
+            if self.max_bytes is not None and taken + text.nbytes > self.max_bytes:
+                if not self._told_full:
+                    self._told_full = True
+                    logger.warning(
+                        f"The cache of frozen layers is full at {self.max_bytes / 2**30:.2f} GiB: batches with other "
+                        "texts are computed each time. Raise `trunk_cache_gib`, or set it to 0."
+                    )
+                continue
+            self.texts[key] = text.to("cpu", copy=True)
+            taken += text.nbytes
 
 
 class _Filled(Exception):
@@ -201,13 +259,27 @@ class _Filled(Exception):
 def num_frozen_layers(model: nn.Module) -> int:
     """How many of the lowest layers of a model neither train nor carry an adapter, so that every role shares them."""
     base = _base_of(model)
-    if any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+    layers = _layers_of(base)
+    if any(_moves(part) for part in _before_the_layers(base)):
         return 0
-    for place, layer in enumerate(layers := _layers_of(base)):
-        adapted = any(isinstance(module, BaseTunerLayer) for module in layer.modules())
-        if adapted or any(p.requires_grad for p in layer.parameters()):
-            return place
-    return len(layers)
+    return next((place for place, layer in enumerate(layers) if _moves(layer)), len(layers))
+
+
+def _moves(part: nn.Module) -> bool:
+    """Whether something of it trains, or differs between roles."""
+    adapted = any(isinstance(module, _ADAPTED) for module in part.modules())
+    return adapted or any(p.requires_grad for p in part.parameters())
+
+
+def _before_the_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """What a text goes through before the first layer: embeddings of tokens and positions, a norm, a dropout."""
+    parts = list(base.base_model.children())
+    stack = next((place for place, part in enumerate(parts) if _is_stack(part, base)), len(parts))
+    return [base.get_input_embeddings(), *parts[:stack]]
+
+
+def _is_stack(part: nn.Module, base: PreTrainedModel) -> bool:
+    return isinstance(part, nn.ModuleList) and len(part) == base.config.get_text_config().num_hidden_layers
 
 
 def _base_of(model: nn.Module) -> PreTrainedModel:
@@ -216,9 +288,7 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def _layers_of(base: PreTrainedModel) -> list[nn.Module]:
-    depth = base.config.get_text_config().num_hidden_layers
-    stacks = [m for m in base.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return list(stacks[0]) if stacks else []
+    return next((list(part) for part in base.base_model.children() if _is_stack(part, base)), [])
 
 
 class _Layer:

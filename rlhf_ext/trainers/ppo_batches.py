@@ -16,6 +16,9 @@ from ..models.live_sampling import only_live_rows
 
 Batch = dict[str, torch.Tensor | None]
 
+MOST_ROWS = 2
+"""Rows of a micro-batch at most, in times of its even share: what is kept per row is wide, however short its text."""
+
 
 class BatchesMixin:
     """The part of [`PPOTrainer`] that orders rows by length."""
@@ -24,7 +27,9 @@ class BatchesMixin:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not before and self.args.skip_padding:
-            self._buffered_inputs = balance(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            # Several processes gather numbers of every row in every micro-batch, so each has to have as many.
+            ratio = MOST_ROWS if self.accelerator.num_processes == 1 else 1
+            self._buffered_inputs = balance(self._buffered_inputs, self.args.gradient_accumulation_steps, ratio)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
@@ -64,7 +69,7 @@ def by_length(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order, order.argsort()
 
 
-def balance(batches: list[Batch], group: int) -> list[Batch]:
+def balance(batches: list[Batch], group: int, ratio: int = MOST_ROWS) -> list[Batch]:
     """
     Split the rows of every `group` micro-batches, one optimizer step, anew into as many of like size in tokens.
 
@@ -73,6 +78,8 @@ def balance(batches: list[Batch], group: int) -> list[Batch]:
             Micro-batches of a rollout: tensors with rows of `prompt_mask` and `completion_mask`, scalars, `None`.
         group (`int`):
             Micro-batches of an optimizer step.
+        ratio (`int`, *optional*, defaults to `2`):
+            Rows of a micro-batch at most, in times of its even share; with 1 all have as many as before.
 
     Returns:
         `list[dict]`: as many micro-batches, of different numbers of rows.
@@ -82,7 +89,7 @@ def balance(batches: list[Batch], group: int) -> list[Batch]:
         step = batches[start : start + group]
         rows = {name: _joined([batch[name] for batch in step]) for name in step[0]}
         lengths = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).tolist()
-        for part in split_by_length(lengths, len(step)):
+        for part in split_by_length(lengths, len(step), ratio * -(-len(lengths) // len(step))):
             balanced.append({name: value[part] if _has_rows(value) else value for name, value in rows.items()})
     return balanced
 

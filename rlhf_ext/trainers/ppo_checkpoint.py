@@ -118,8 +118,6 @@ class CheckpointMixin(CompleteCheckpointMixin):
             "run": self._run_shape(),
             "step": self._step,
             "buffered_inputs": self._buffered_inputs,
-            # Computed again they would differ in the last bits: the rollout computed them in other batches.
-            "texts": None if self.trunk is None else {key.hex(): text for key, text in self.trunk.texts.items()},
             "stopped": self._stopped,
             "old_head": self._old_heads["train"],
             "penalty_coef": None if self.penalty_controller is None else self.penalty_controller.penalty_coef,
@@ -134,8 +132,6 @@ class CheckpointMixin(CompleteCheckpointMixin):
             return
         state = load_state(self._state_file(checkpoint), self.args.device)
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        if self.trunk is not None and state["texts"] is not None:
-            self.trunk.texts = {bytes.fromhex(key): text.cpu() for key, text in state["texts"].items()}
         self._stopped, self._old_heads = state["stopped"], {"train": state["old_head"], "eval": None}
         if self.penalty_controller is not None:
             self.penalty_controller.penalty_coef = state["penalty_coef"]

@@ -295,11 +295,10 @@ class PPOTrainer(
         if mode == "train":
             self._move_penalty()
             self._stopped = False
-        with self._texts(mode):
-            with without_generation_defaults(self.roles.model), self._sampling():
-                batch = super()._generate_and_score_completions(inputs)
-            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                rollout = self._complete_rollout(batch, mode)
+        with without_generation_defaults(self.roles.model), self._sampling():
+            batch = super()._generate_and_score_completions(inputs)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            rollout = self._complete_rollout(batch, mode)
         for name in ("old_per_token_logps", "old_hidden", "advantages", "values", "returns"):
             if name in rollout:
                 batch[name] = rollout[name]

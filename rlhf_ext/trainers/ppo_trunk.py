@@ -1,12 +1,14 @@
 """What PPO's roles share is computed once: the frozen lower layers of the base, per rollout; and no padding."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from transformers.utils import logging
 
 from ..models.dense_rows import compute_dense_rows
-from ..models.roles import CRITIC
+from ..models.roles import CRITIC, base_of
 from ..models.trunk_cache import DEFAULT_GIB, TrunkCache, num_frozen_layers
 
 
@@ -29,9 +31,9 @@ class TrunkMixin:
         """Set up both; the roles are complete, and train what they will train."""
         base = self.roles.base
         if self.args.skip_padding:
-            for model in (base, getattr(base, CRITIC, None)):
-                if model is not None:
-                    compute_dense_rows(model.base_model)
+            critic = getattr(base, CRITIC, None)
+            for model in [base] if critic is None else [base, base_of(critic)]:
+                compute_dense_rows(model.base_model)
         asked = self.args.trunk_cache_gib
         if asked == 0:
             return
@@ -39,24 +41,55 @@ class TrunkMixin:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             reason = "weights may be in pieces"
         elif layers == 0:
-            reason = "the lowest layer trains or carries an adapter; `layers_to_transform` puts them higher"
+            reason = "the lowest layer trains or carries an adapter (`layers_to_transform`), or is not found"
         else:
             try:
                 gib = DEFAULT_GIB if asked is None else asked
-                self.trunk = TrunkCache(base, layers, max_bytes=int(gib * GIB))
+                trunk = TrunkCache(base, layers, max_bytes=int(gib * GIB))
+                trunk.prove()
+                trunk.enabled, self.trunk = False, trunk
             except ValueError as error:
                 reason = str(error)
         if reason is not None and asked is not None:
             logger.warning(f"trunk_cache_gib={asked} has no effect: {reason}.")
 
-    def _texts(self, mode: str) -> object:
-        """A context for a rollout: its texts, not those of the one before; an evaluation's are forgotten after it."""
-        if self.trunk is None:
-            return nullcontext()
-        return _fresh(self.trunk) if mode == "train" else self.trunk.apart()
+    # On inside the steps of this trainer alone: elsewhere the model may be changed, or asked for other outputs
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._trunk_on():
+            return super().training_step(*args, **kwargs)
 
-@contextmanager
-def _fresh(trunk: TrunkCache) -> Iterator[None]:
-    trunk.texts.clear()
-    yield
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._trunk_on(), nullcontext() if self.trunk is None else self.trunk.apart():
+            return super().prediction_step(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        if self.trunk is not None and self.model.training:
+            self.trunk.texts.clear()
+        return super()._generate_and_score_completions(inputs)
+
+    @contextmanager
+    def _trunk_on(self) -> Iterator[None]:
+        if self.trunk is not None:
+            self.trunk.enabled = True
+        try:
+            yield
+        finally:
+            if self.trunk is not None:
+                self.trunk.enabled = False
+
+    # A rollout in use keeps its texts: computed again in other batches they would differ in the last bits
+
+    def _texts_file(self, folder: str) -> str:
+        return os.path.join(folder, f"ppo_texts_{self.args.process_index}.safetensors")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) or self.penalty_controller
+        if self.trunk is not None and self.trunk.texts and in_use:
+            self.trunk.save(self._texts_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.trunk is not None and os.path.isfile(self._texts_file(checkpoint)):
+            self.trunk.load(self._texts_file(checkpoint))

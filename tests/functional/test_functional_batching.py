@@ -33,6 +33,14 @@ def test_equal_rows_are_split_evenly():
     assert len(split_by_length([9, 1, 1], 3)) == 3
 
 
+def test_a_part_has_no_more_rows_than_it_may():
+    parts = split_by_length([10] * 3 + [1] * 13, 4, max_rows=8)
+    assert len(parts) == 4 and max(len(part) for part in parts) <= 8
+    assert max(len(part) for part in split_by_length([10] * 3 + [1] * 13, 4)) == 13
+    with pytest.raises(ValueError, match="max_rows"):
+        split_by_length([1] * 9, 2, max_rows=4)
+
+
 def test_chunks_are_as_asked_and_sorted():
     chunks = length_chunks([3, 9, 1, 5, 9], 2)
     assert chunks == [[1, 4], [3, 0], [2]]

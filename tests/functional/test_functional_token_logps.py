@@ -91,6 +91,16 @@ def test_values_and_gradients_are_those_of_the_kernel_of_trl(dtype, atol):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
+def test_autocast_cuts_the_products_and_not_the_entropy():
+    rows, weight, _, targets = data(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps, entropies = token_logps(rows, weight, targets)
+    logits = (rows.bfloat16() @ weight.bfloat16().t()).double()
+    wanted = by_definition(logits, torch.eye(11, dtype=torch.float64), None, targets)
+    torch.testing.assert_close(entropies, wanted[1].float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logps, wanted[0].float(), rtol=0, atol=1e-5)
+
+
 def test_large_logits_stay_finite_and_no_token_is_none():
     rows, weight, _, targets = data(torch.float32)
     logps, entropies = token_logps(rows * 1e4, weight, targets)

@@ -1,11 +1,14 @@
 """Rows that have ended leave the batch: the same greedy texts as `generate`, the same distribution."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
-from rlhf_ext.models.live_sampling import draw, only_live_rows
+from rlhf_ext.models.live_sampling import _can_be_cut, draw, only_live_rows
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 
 
@@ -58,6 +61,28 @@ def test_draws_follow_the_distribution_and_nothing_forbidden_is_drawn():
     assert not counts[~allowed].any()
     chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
     assert chi_square < 16.3  # 3 degrees of freedom, p = .001
+
+
+def test_logits_that_are_not_finite_raise():
+    with pytest.raises(ValueError, match="not finite"):
+        draw(torch.full((2, 5), torch.nan))
+
+
+def test_a_cache_with_other_states_is_not_cut():
+    model, _, batch = setting("llama")
+    cache = model(**batch, use_cache=True).past_key_values
+    assert _can_be_cut(cache)
+    cache.layers[0] = type("Recurrent", (DynamicLayer,), {})()
+    assert not _can_be_cut(cache) and not _can_be_cut(object())
+
+
+def test_a_generate_of_the_callers_own_is_put_back():
+    model, tokenizer, batch = setting("llama")
+    own = functools.partial(model.generate, use_cache=True)
+    model.generate = own
+    with only_live_rows(model):
+        model.generate(**batch, generation_config=config(tokenizer, None))
+    assert model.generate is own
 
 
 def test_first_tokens_and_lengths_are_sampled_as_by_generate():

@@ -187,3 +187,28 @@ def test_memory_has_a_limit_and_what_lies_beyond_is_computed():
         model(input_ids=IDS[1:2], attention_mask=RIGHT[1:2], use_cache=False)
         assert len(cache.texts) == 1
     assert cache.nbytes == limit
+
+
+def test_what_stands_before_the_layers_counts_too():
+    """Positions that train, or an adapter in the embeddings: the layers above them are not frozen."""
+    torch.manual_seed(0)
+    options = {"r": 4, "task_type": "CAUSAL_LM", "layers_to_transform": [1], "layers_pattern": "h"}
+    plain = LoraConfig(**options, target_modules=["c_attn"], fan_in_fan_out=True)
+    assert num_frozen_layers(get_peft_model(tiny_causal_lm("gpt2", tiny_tokenizer()), plain)) == 1
+    positions = LoraConfig(**options, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["wpe"])
+    model = get_peft_model(tiny_causal_lm("gpt2", tiny_tokenizer()), positions)
+    assert num_frozen_layers(model) == 0
+    without_dropout(model)
+    with pytest.raises(ValueError, match="wpe"):
+        TrunkCache(model, 1)
+
+
+def test_a_proof_leaves_nothing_behind():
+    model = causal("llama")
+    cache = TrunkCache(model, 2)
+    cache.prove()
+    assert not cache.texts and (cache.num_computed, cache.num_replayed) == (0, 0)
+    cache._lower[-1].forward.forward = lambda hidden, *args, **kwargs: (hidden,)  # a layer that gives a tuple
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        cache.prove()
+    assert "forward" not in vars(cache._lower[0])

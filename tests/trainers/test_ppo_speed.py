@@ -4,7 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
+from transformers import FalconConfig, FalconForCausalLM
 
 from rlhf_ext.functional.batching import split_by_length
 from rlhf_ext.trainers import ppo_trunk
@@ -83,9 +85,50 @@ def test_an_evaluation_leaves_no_texts_and_takes_none_away(tmp_path, reward_adap
     trainer, _ = trained(tmp_path, "llama", reward_adapters)
     before = dict(trainer.trunk.texts)
     assert before
-    trainer.model.eval()
-    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
+    computed = trainer.trunk.num_computed
+    trainer.evaluate(Dataset.from_dict({"prompt": [f"{prompt} the mat" for prompt in PROMPTS]}))
+    assert trainer.trunk.num_computed == computed + 8, "each text of the evaluation once"
     assert trainer.trunk.texts.keys() == before.keys()
+
+
+def test_outside_of_its_steps_the_layers_are_computed(tmp_path, reward_adapters):
+    trainer, _ = trained(tmp_path, "llama", reward_adapters)
+    computed, replayed = trainer.trunk.num_computed, trainer.trunk.num_replayed
+    ids = torch.tensor([[5, 6, 7]])
+    trainer.model(input_ids=ids, use_cache=False)
+    assert (trainer.trunk.num_computed, trainer.trunk.num_replayed) == (computed, replayed)
+    assert not trainer.trunk.enabled
+
+
+def test_prompts_of_one_length_are_sampled(tmp_path):
+    """`generate` hands on no attention mask where it hides nothing."""
+    rows = Dataset.from_dict({"prompt": ["one length"] * 8})
+    trainer = build(tmp_path, rows=rows, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()))
+    trainer.train()
+    trainer.evaluate(rows)
+
+
+def test_a_family_whose_layers_cannot_be_replayed_trains_without(tmp_path, monkeypatch):
+    """Falcon's layers give tuples."""
+    said = []
+    monkeypatch.setattr(ppo_trunk.logger, "warning", said.append)
+    tokenizer = tiny_tokenizer()
+    config = FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM", layers_to_transform=[1], layers_pattern="h"
+    )
+    trainer = build(
+        tmp_path,
+        FalconForCausalLM(config),
+        peft_config=lora,
+        reward_funcs=tiny_reward_model("llama", tokenizer),
+        config={"trunk_cache_gib": 1.0, "max_steps": 1},
+    )
+    assert trainer.trunk is None and "cannot be replayed" in said[0]
+    trainer.train()
 
 
 def test_a_resumed_run_replays_the_layers_of_its_rollout(tmp_path, reward_adapters):
@@ -150,6 +193,16 @@ def test_micro_batches_by_length_have_the_gradient_of_the_others(tmp_path, monke
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
 
 
+def test_several_processes_keep_the_rows_of_each_micro_batch(tmp_path):
+    trainer = build(tmp_path, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()))
+    batch = rollout(trainer)
+    parts = [{k: v[i : i + 2] if v is not None and v.dim() else v for k, v in batch.items()} for i in (0, 2, 4, 6)]
+    balanced = balance(parts, 4, ratio=1)
+    assert [len(part["prompt_ids"]) for part in balanced] == [2, 2, 2, 2]
+    lengths = [(part["prompt_mask"].sum(1) + part["completion_mask"].sum(1)).tolist() for part in balanced]
+    assert sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+
+
 def test_rows_stay_in_their_step_and_whole(tmp_path):
     trainer = build(tmp_path, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()))
     batch = rollout(trainer)
@@ -162,7 +215,7 @@ def test_rows_stay_in_their_step_and_whole(tmp_path):
             for b in before
             for p, c in zip(b["prompt_mask"].sum(1), b["completion_mask"].sum(1), strict=True)
         ]
-        places = split_by_length(lengths, 2)
+        places = split_by_length(lengths, 2, 4)
         for name in ("prompt_ids", "completion_ids", "advantages", "returns", "values"):
             rows = torch.cat([b[name] for b in before])
             for part, found in zip(places, after, strict=True):
