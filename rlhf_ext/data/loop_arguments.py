@@ -48,7 +48,9 @@ class LoopArguments(DataArguments):
     selection: str = _field("random", "`random`, or `disagreement`: where the last round's ensemble disagrees most.")
     pool_factor: int = _field(2, "Comparisons that are sampled for each one that is selected.")
 
-    labels: str = _field("people", "`people` (the labelling page), `simulated` (`gold_func`) or `judge` (a model).")
+    labels: str | None = _field(
+        None, "`people` (the labelling page), `simulated` (`gold_func`) or `judge`; unset: people, `toy`: simulated."
+    )
     store: str | None = _field(None, "Label store, a file or a PostgreSQL URL; `labels.db` of the run if not given.")
     overlap: int = _field(1, "Labels that each comparison wants, from different annotators.")
     label_share: float = _field(1.0, "Share of a round's comparisons that must be labelled before training goes on.")
@@ -115,6 +117,8 @@ class LoopArguments(DataArguments):
         self._check_training()
 
     def _check_choices(self) -> None:
+        if self.labels is None:
+            self.labels = "simulated" if self.toy else "people"
         for name, known in (
             ("labels", LABELLERS),
             ("selection", ("random", "disagreement")),
@@ -130,7 +134,6 @@ class LoopArguments(DataArguments):
         if self.toy:
             if self.labels == "judge":
                 raise ValueError("`labels` is 'judge', but `toy` labels by gold. Leave one of them out.")
-            self.labels = "simulated"
             self.gold_func = self.gold_func or "rlhf_ext.toyworld.gold:gold_reward"
         if self.labels == "simulated" and not self.gold_func:
             raise ValueError("`labels` is 'simulated', but `gold_func` is empty. Name the score, `module:function`.")

@@ -79,7 +79,7 @@ def run_once(folder: Path, settings: dict[str, Any], train: Callable[[Path], dic
                 f"{str(folder)!r} holds a finished run with other settings: {odd}. Choose another `output_dir`, or "
                 "remove the folder to train it again."
             )
-        logger.warning(f"{str(folder)!r} is finished and is not trained again.")
+        logger.warning(f"{str(folder)!r} is finished and is not done again.")
         return saved["result"]
     aside = folder.with_name(f"_unfinished_{folder.name}")
     if state.is_main_process:

@@ -79,6 +79,7 @@ def _all_rounds(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
     steps = ["labels", "reward", "policy"] if args.asynchronous else ["labels", "reward"]
     if any(not run.step(round_, name).exists() for round_ in range(1, args.num_rounds + 1) for name in steps):
         check_store(run)  # before the toy world trains its SFT model
+    check_configs(run)  # and a misspelt argument is said before it too
     if args.toy:
         prepare_toy(args, model_args)
     check(run)
@@ -86,6 +87,7 @@ def _all_rounds(args: LoopArguments, model_args: ModelConfig) -> dict[str, Any]:
     manifest = Manifest(run)
     for round_, name in order_of(args):
         manifest.do(round_, name)
+    print(f"finished: `rlhf-ext report {args.output_dir}` writes a page of it", flush=True)
     return manifest.content
 
 
@@ -106,9 +108,7 @@ def check(run: LoopRun) -> None:
     for name in probe_names(run):
         import_function(name)
     check_scorer_names(run)
-    # Built once for their own checks; the folder of each step comes later.
-    scratch = run.folder / "_unfinished_check"
-    configs = {"reward": reward_config(run, scratch, 0), "ppo": ppo_config(run, scratch, 0)}
+    configs = check_configs(run)
     for what, rows in (("train prompts", run.train_prompts), ("held-out prompts", run.eval_prompts)):
         check_prompts(
             Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
@@ -125,6 +125,12 @@ def check(run: LoopRun) -> None:
             "`sources` names 'references', but no row of `dataset_name` has a `completion`. Add the column, or leave "
             "references out."
         )
+
+
+def check_configs(run: LoopRun) -> dict[str, TrainingArguments]:
+    """Arguments of both trainers, built once for their own checks; the folder of each step comes later."""
+    scratch = run.folder / "_unfinished_check"
+    return {"reward": reward_config(run, scratch, 0), "ppo": ppo_config(run, scratch, 0)}
 
 
 def _check_launch_config(run: LoopRun, configs: Mapping[str, TrainingArguments]) -> None:
@@ -172,8 +178,10 @@ class Manifest:
             print(f"round {round_}, {name}", flush=True)
         if name in LAUNCHED and self.run.args.launch_config is not None and not folder.exists():
             launch(self.run, round_, name)
-        do_step(self.run, round_, name)
+        result = do_step(self.run, round_, name)
         if not listed:
+            if name == "evaluation":
+                print(f"round {round_}: {in_short(result)}", flush=True)
             self.content["steps"].append(
                 {
                     "round": round_,
@@ -184,6 +192,13 @@ class Manifest:
                 }
             )
             write_whole(self.path, json.dumps(self.content, indent=1))
+
+
+def in_short(result: dict[str, Any]) -> str:
+    """Scores, win rates over SFT and KL of an evaluation, in a line."""
+    parts = [f"{name} {result[name]:.3f}" for name in result if name.startswith("score/") and not name.endswith("_se")]
+    parts += [f"win rate by {name} {wins['win_rate']:.3f}" for name, wins in result.get("win_rate", {}).items()]
+    return ", ".join([*parts, f"KL {result['kl']:.2f}"] if "kl" in result else parts)
 
 
 def do_step(run: LoopRun, round_: int, name: str) -> dict[str, Any]:

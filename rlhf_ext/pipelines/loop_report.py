@@ -33,6 +33,15 @@ MEASURES = [
 ]
 
 
+def _accuracy(found: dict[str, Any]) -> str:
+    """Accuracy with its interval, on how many rows: of a handful it says little."""
+    text = number_text(found.get("accuracy"))
+    interval, rows = found.get("interval"), found.get("num_rows")
+    if interval:
+        text += f" [{number_text(interval[0])}, {number_text(interval[1])}]"
+    return f"{text} on {rows} rows" if rows else text
+
+
 def write_loop_report(folder: str | Path, output: str | Path | None = None) -> str:
     """
     Write the page of a run, finished or not.
@@ -162,9 +171,7 @@ def rounds_table(record: LoopRecord) -> str:
     lines.append(
         ("labels that agree with gold", {n: number_text(found.get("gold_agreement")) for n, found in labels.items()})
     )
-    lines.append(
-        ("reward model: held-out accuracy", {n: number_text(found.get("accuracy")) for n, found in rewards.items()})
-    )
+    lines.append(("reward model: held-out accuracy", {n: _accuracy(found) for n, found in rewards.items()}))
     keys = list(dict.fromkeys(key for found in evaluations.values() for key in found))
     scores = [key for key in keys if key.startswith("score/") and not key.endswith("_se")]
     diversity = [key for key in keys if key.startswith(("per_input_", "across_input_"))]

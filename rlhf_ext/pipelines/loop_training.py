@@ -238,7 +238,16 @@ def _split(run: LoopRun, rows: Dataset) -> tuple[Dataset, Dataset | None]:
         return rows, None
     try:
         # A salt of its own: by the salt of `eval_fraction`, the prompts that hash lowest were all held out before.
-        return holdout_by_prompt(rows, run.args.reward_eval_fraction, run.seed(0, "reward"))
+        kept, held_out = holdout_by_prompt(rows, run.args.reward_eval_fraction, run.seed(0, "reward"))
     except ValueError as error:  # better no accuracy than no run
         print(f"The reward model has no held-out accuracy: of `reward_eval_fraction`, {error}", flush=True)
         return rows, None
+    compared = held_out.filter(lambda row: not row.get("incomparable"))
+    if len(compared) == 0:
+        print(
+            f"The reward model has no held-out accuracy: none of the {len(held_out)} rows of `reward_eval_fraction` "
+            f"{run.args.reward_eval_fraction} is compared. It trains on all rows.",
+            flush=True,
+        )
+        return rows, None
+    return kept, compared

@@ -210,8 +210,31 @@ def test_at_the_defaults_the_reward_model_has_held_out_rows_and_sampling_is_as_i
     assert 0 < len(held) < 0.15 * len(kept)
     assert _split(run, kept.select([0]))[1] is None
     assert "no held-out accuracy" in capsys.readouterr().out
+    undecided = Dataset.from_list([{**row, "incomparable": True} for row in run.train_prompts])
+    everything, nothing = _split(run, undecided)
+    assert nothing is None and len(everything) == len(undecided), "no row that was held out is compared"
+    assert "is compared" in capsys.readouterr().out
+    mixed = [{**row, "incomparable": place % 2 == 0} for place, row in enumerate(run.train_prompts)]
+    assert 0 < len(_split(run, Dataset.from_list(mixed))[1]) < len(held)
     assert run.max_completion_length == PPOConfig.max_completion_length
     assert run.temperature == PPOConfig.temperature
+
+
+def test_who_labels_is_who_was_asked_and_a_misspelt_argument_comes_before_the_toy_world(tmp_path, monkeypatch):
+    assert LoopArguments(output_dir="x", toy=True).labels == "simulated"
+    assert LoopArguments(output_dir="x", toy=True, labels="people").labels == "people"
+    assert LoopArguments(output_dir="x", dataset_name="y").labels == "people"
+    monkeypatch.setattr(loop, "prepare_toy", lambda *args: pytest.fail("the toy world was built first"))
+    cpu = {"use_cpu": True, "bf16": False}
+    args = LoopArguments(output_dir=str(tmp_path / "run"), toy=True, reward=cpu, ppo={**cpu, "kl_coeff": 0.1})
+    with pytest.raises(ValueError, match="kl_coeff"):
+        loop.run_loop(args, ModelConfig())
+
+
+def test_an_evaluation_in_a_line():
+    result = {"score/gold": 0.5, "score/gold_se": 0.1, "kl": 1.25, "win_rate": {"gold": {"win_rate": 0.625}}}
+    assert loop.in_short(result) == "score/gold 0.500, win rate by gold 0.625, KL 1.25"
+    assert loop.in_short({"score/gold": 0.5}) == "score/gold 0.500"
 
 
 def test_runs_of_one_name_share_a_store_and_no_label(tmp_path, sft, prompts):
