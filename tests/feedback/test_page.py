@@ -323,10 +323,10 @@ def test_other_addresses_need_accounts(tmp_path):
 
 def test_a_pool_that_is_not_there_is_named(store, tmp_path):
     with pytest.raises(ValueError, match="`--pool` is 'one', but the store has no comparisons yet"):
-        serve(str(tmp_path / "labels.db"), pool="one")
+        serve(str(tmp_path / "labels.db"), pool="one", port=99999)
     fill(store)
     with pytest.raises(ValueError, match="`--pool` is 'defualt', but the store has 'default'"):
-        serve(str(tmp_path / "labels.db"), pool="defualt")
+        serve(str(tmp_path / "labels.db"), pool="defualt", port=99999)
 
 
 def test_an_address_that_is_taken_ends_with_1(store, tmp_path, capsys):
