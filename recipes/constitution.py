@@ -29,9 +29,10 @@ from pathlib import Path
 # A script's own folder is searched first, and there `import evaluate` would find a recipe instead of the package.
 sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.pipelines.constitution import run_constitution
 
 
@@ -44,4 +45,4 @@ def main(script_args: ConstitutionArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ConstitutionArguments, ModelConfig)).parse_args_and_config())
+    main(*StrictParser((ConstitutionArguments, ModelConfig)).parse_args_and_config())

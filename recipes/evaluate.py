@@ -38,10 +38,10 @@ sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolv
 import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from rlhf_ext.data.evaluation_arguments import EvaluationArguments, load_evaluation_rows
 from rlhf_ext.data.evaluation_rows import parse_source_map, unique_prompts
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.hub import check_model_name, find_file
@@ -195,4 +195,4 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((EvaluationArguments,)).parse_args_and_config())
+    main(*StrictParser((EvaluationArguments,)).parse_args_and_config())

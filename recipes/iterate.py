@@ -26,11 +26,12 @@ from pathlib import Path
 # A script's own folder is searched first, and there `import evaluate` would find this folder's recipe.
 sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_ext.data.loop_arguments import LoopArguments
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.pipelines.loop import run_loop
 
 
 if __name__ == "__main__":
-    run_loop(*TrlParser((LoopArguments, ModelConfig)).parse_args_and_config())
+    run_loop(*StrictParser((LoopArguments, ModelConfig)).parse_args_and_config())

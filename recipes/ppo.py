@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.data.arguments import PromptArguments as ScriptArguments
@@ -33,6 +33,7 @@ from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.functions import import_function
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.data.summary import drop_long_prompts, report_summaries, summarize_prompts
 from rlhf_ext.models.ensembles import is_reward_ensemble, load_reward_ensemble
 from rlhf_ext.models.hub import check_model_name
@@ -129,4 +130,4 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, PPOConfig, ModelConfig)).parse_args_and_config())
+    main(*StrictParser((ScriptArguments, PPOConfig, ModelConfig)).parse_args_and_config())

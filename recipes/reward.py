@@ -24,12 +24,13 @@ import json
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.data.arguments import load_splits
 from rlhf_ext.data.prompts import check_tokenizer
 from rlhf_ext.data.reward_arguments import RewardArguments
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.data.summary import report_summaries, summarize_preferences
 from rlhf_ext.models.hub import check_model_name
 from rlhf_ext.pipelines.best_of_seeds import train_best_of_seeds
@@ -117,4 +118,4 @@ def main(script_args: RewardArguments, training_args: PreferenceRewardConfig, mo
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RewardArguments, PreferenceRewardConfig, ModelConfig)).parse_args_and_config())
+    main(*StrictParser((RewardArguments, PreferenceRewardConfig, ModelConfig)).parse_args_and_config())

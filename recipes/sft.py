@@ -18,11 +18,12 @@ Any flag of `trl.SFTConfig` and `trl.ModelConfig` goes on the line or into the Y
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from rlhf_ext.data.arguments import DataArguments, load_splits
 from rlhf_ext.data.loading import require_columns
 from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.data.summary import check_context, report_summaries, summarize_sft
 from rlhf_ext.models.checkpoints import CompleteCheckpointMixin
 from rlhf_ext.models.hub import check_model_name
@@ -94,4 +95,4 @@ def main(script_args: DataArguments, training_args: SFTConfig, model_args: Model
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config())
+    main(*StrictParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config())

@@ -132,15 +132,24 @@ def _label_user(args: argparse.Namespace) -> int:
 
 def _iterate(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trl import ModelConfig, TrlParser
+    from .data.config_file import with_config
 
-    from .data.loop_arguments import LoopArguments
+    try:
+        flags = with_config(args.flags)  # before imports that take seconds
+        from trl import ModelConfig
+
+        from .data.loop_arguments import LoopArguments
+        from .data.strict_parser import StrictParser
+
+        parsed = StrictParser((LoopArguments, ModelConfig), prog="rlhf-ext iterate").parse_args_and_config(flags)
+    except (ValueError, OSError) as error:
+        print(f"rlhf-ext iterate: {error}", file=sys.stderr)
+        return 1
     from .pipelines.loop import run_loop
     from .pipelines.loop_labels import LabelsMissing
 
-    parser = TrlParser((LoopArguments, ModelConfig), prog="rlhf-ext iterate")
     try:
-        run_loop(*parser.parse_args_and_config(args.flags))
+        run_loop(*parsed)
     except LabelsMissing as missing:
         print(f"rlhf-ext iterate: {missing}", file=sys.stderr)
         return 3

@@ -128,3 +128,57 @@ def test_env_arguments_reach_the_pipeline(monkeypatch, capsys):
 def test_the_command_is_installed_under_its_name():
     project = tomllib.loads(Path(__file__).resolve().parents[1].joinpath("pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"rlhf-ext": "rlhf_ext.cli:main"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config", "iterate_tny.yaml"], "`--config` is 'iterate_tny.yaml', and there is no such file"),
+        (["--config=iterate_tny.yaml"], "`--config` is 'iterate_tny.yaml', and there is no such file"),
+        (["--config"], "`--config` comes without a file"),
+    ],
+)
+def test_a_config_that_is_not_there_is_named_before_imports(flags, words, monkeypatch, capsys):
+    for name in ("trl", "rlhf_ext.data.strict_parser", "rlhf_ext.pipelines.loop"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import would raise
+    assert cli.main(["iterate", *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, config, words",
+    [
+        (["--num_round", "2"], "", "no flag '--num_round'. Did you mean --num_rounds?"),  # an abbreviation
+        (["--nmu_rounds=2"], "", "no flag '--nmu_rounds'. Did you mean --num_rounds?"),
+        (["--zzz", "2"], "", "no flag '--zzz'. `--help`"),
+        (["--config", "a.yaml"], "num_round: 2", "key 'num_round', which no flag has. Did you mean num_rounds?"),
+        (["--config", "a.yaml"], "a: [", "`--config` is no YAML"),
+    ],
+)
+def test_flags_of_the_loop_are_whole_names(flags, config, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(config)
+    assert cli.main(["iterate", *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_flags_of_the_loop_reach_it(tmp_path, monkeypatch):
+    """A stand-in for the loop; flags of both spellings, and a YAML below them."""
+    seen = {}
+    stand_in, labels = type(sys)("loop"), type(sys)("loop_labels")
+    stand_in.run_loop = lambda *args: seen.update(args=args)
+    labels.LabelsMissing = type("LabelsMissing", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "rlhf_ext.pipelines.loop", stand_in)
+    monkeypatch.setitem(sys.modules, "rlhf_ext.pipelines.loop_labels", labels)
+    (tmp_path / "a.yaml").write_text("toy: true\nnum_rounds: 7\nlabels_per_round: 8\nlabels: people\n")
+    flags = [f"--config={tmp_path / 'a.yaml'}", "--num-rounds", "2", "--output_dir", "x"]
+    assert cli.main(["iterate", *flags]) == 0
+    loop = seen["args"][0]
+    assert (loop.num_rounds, loop.labels_per_round, loop.output_dir) == (2, 8, "x")
+
+
+def test_every_recipe_takes_whole_names_only():
+    recipes = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
+    assert recipes and all(
+        "StrictParser(" in path.read_text() and "TrlParser" not in path.read_text() for path in recipes
+    )

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer, TrlParser
 from trl.kernels import chunked_logprob
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 from trl.trainer import utils as trl_utils
@@ -80,6 +80,12 @@ SIGNATURES = {
     ),
     (RewardTrainer, "_set_signature_columns_if_needed"): (["self"], "columns of candidates would be dropped"),
     (RewardTrainer, "_save"): (["self", "output_dir", "state_dict"], "reward_config.json beside the weights"),
+    (TrlParser, "parse_args_and_config"): (
+        ["self", "args", "return_remaining_strings", "fail_with_unknown_args", "separate_remaining_strings"],
+        "StrictParser: whole names of flags",
+    ),
+    (TrlParser, "set_defaults_with_config"): (["self", "kwargs"], "StrictParser: unknown keys of a YAML"),
+    (TrlParser, "parse_known_args"): (["self", "args", "namespace"], "StrictParser: unknown flags"),
     (DataCollatorForPreference, "torch_call"): (["self", "examples"], "DataCollatorForCandidates follows its order"),
 }
 

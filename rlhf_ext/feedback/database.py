@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, inspect, make_url, select, text
+from sqlalchemy.exc import ArgumentError
 
+from ..data.texts import without_passwords
 from . import schema
 
 
@@ -23,6 +25,11 @@ MAX_CONNECTIONS = 40
 """Of one store at a time, five kept open: as many as an ASGI server has threads, which would else queue unfairly."""
 
 _LOCK_NAME = "rlhf_ext label store"
+
+_HOW_MADE = (
+    "Check the name. Comparisons have to be in a store before anybody labels: `import_rows(LabelStore(...), rows)` "
+    "makes one (docs/labels.md), and the loop keeps its own, `labels.db` in the folder of its run."
+)
 
 
 class Database:
@@ -86,7 +93,7 @@ class Database:
         with self.write(exclusive=True) as connection:
             if not inspect(connection).has_table(schema.store.name):
                 if not create:
-                    raise ValueError(f"{self} is no label store. Create one (`create=True`), or check the name.")
+                    raise ValueError(f"`store` is {self}, which holds no label store. {_HOW_MADE}")
                 schema.metadata.create_all(connection)
                 connection.execute(insert(schema.store).values(name="schema_version", value=schema.SCHEMA_VERSION))
             found = connection.execute(
@@ -110,7 +117,13 @@ def store_url(location: str | Path | URL) -> URL:
         ValueError: for another database, or SQLite without a file.
     """
     is_url = isinstance(location, URL) or "://" in str(location)
-    url = make_url(str(location) if isinstance(location, Path) else location) if is_url else None
+    try:
+        url = make_url(str(location) if isinstance(location, Path) else location) if is_url else None
+    except (ArgumentError, ValueError) as error:  # their texts may hold a piece of a password
+        raise ValueError(
+            f"`store` is {without_passwords(str(location))!r}, which is no URL. Give postgresql://user@host/database, "
+            "special characters of a password as %-codes, or a file such as labels.db."
+        ) from error
     if url is None:
         if not str(location) or str(location) == ":memory:":
             raise ValueError(f"`store` is {str(location)!r}. Give a file such as labels.db, or a URL.")
@@ -119,7 +132,8 @@ def store_url(location: str | Path | URL) -> URL:
     if backend == "sqlite":
         if not url.database or url.database == ":memory:" or url.query:
             raise ValueError(
-                f"`store` is {url}: a store has to outlive its process. Give a file: sqlite:///labels.db."
+                f"`store` is {url}, which is not a file's name alone. Give labels.db, or with three slashes "
+                "sqlite:///labels.db."
             )
         return URL.create("sqlite", database=str(Path(url.database).resolve()))
     if backend in ("postgresql", "postgres"):
@@ -186,9 +200,7 @@ def _check_file(path: Path, create: bool) -> None:
         raise ValueError(f"`store` is {path}, but there is no folder {path.parent}. Create it first.")
     if not path.exists():
         if not create:
-            raise ValueError(
-                f"`store` is {path}, and there is no such file. Create it (`create=True`) or check the name."
-            )
+            raise ValueError(f"`store` is {path}, and there is no such file. {_HOW_MADE}")
         return
     head = path.open("rb").read(16) if path.is_file() else b"folder"
     if head and not head.startswith(b"SQLite format 3"):

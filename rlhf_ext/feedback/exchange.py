@@ -86,7 +86,10 @@ def import_rows(
         ValueError: naming row, field, value and remedy; nothing was added then.
     """
     if isinstance(rows, str | Path):
-        rows = load_rows(str(rows))
+        try:
+            rows = load_rows(str(rows))
+        except ValueError as error:  # which names the flag that a data set usually comes from
+            raise ValueError(str(error).replace("`dataset_name`", "`rows`")) from error
     # All are read before the first is added: a bad row at the end leaves no half import.
     found: dict[str, NewComparison] = {}
     for index, row in enumerate(rows):
@@ -106,7 +109,9 @@ def export_rows(
     store: LabelStore, *, pool: str | None = None, votes: Votes = "merged", since: int = 0
 ) -> Iterator[dict[str, Any]]:
     """
-    General rows of everything that has a label.
+    General rows of everything that has a label. A generator: read once, so `list(...)` what is used twice.
+
+    A pool that is not there (yet) has no rows; [`LabelStore.pools`] names those there are.
 
     `votes="merged"` gives one row per comparison, several labels joined by [`~feedback.answers.merge_votes`];
     `"single"` one row per label, with its annotator. The cross-entropy of a merged row is the mean over its single

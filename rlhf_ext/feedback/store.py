@@ -12,12 +12,15 @@ Rules (docs/labels.md):
 """
 
 import math
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
+from ..data.texts import without_passwords
 from . import queries
 from .answers import COUNTING, UNDO, check_answer
 from .database import Database
@@ -37,7 +40,7 @@ from .records import (
 from .schema import assignments, comparisons, labels
 
 
-__all__ = ["Candidate", "LabelRefused", "LabelStore", "NewComparison", "NewLabel"]
+__all__ = ["Candidate", "LabelRefused", "LabelStore", "NewComparison", "NewLabel", "open_store"]
 
 LEASE_SECONDS = 900.0
 _CHUNK = 200  # rows of one transaction: others wait no longer than that takes
@@ -356,6 +359,12 @@ class LabelStore:
             leased = connection.execute(held).scalar_one()
         return Progress(total, complete, missing or 0, leased, *counts, last)
 
+    def pools(self) -> list[str]:
+        """Names of the pools that hold comparisons, oldest first."""
+        query = select(comparisons.c.pool).group_by(comparisons.c.pool).order_by(func.min(comparisons.c.id))
+        with self.database.read() as connection:
+            return list(connection.execute(query).scalars())
+
     def comparison(self, comparison_id: int) -> Comparison:
         """One comparison with policies and settings.
 
@@ -411,6 +420,26 @@ class LabelStore:
             for chunk in queries.chunks(ids, _CHUNK):
                 found, current = queries.fetch_comparisons(connection, chunk), queries.fetch_labels(connection, chunk)
                 yield from ((found[id], current[id]) for id in chunk)
+
+
+def open_store(location: str | Path | URL, *, create: bool = True) -> LabelStore:
+    """
+    A store for a command, looked into once: what a driver or a server says becomes one sentence.
+
+    Raises:
+        ValueError: it cannot be opened; `store`, its value (without a password) and why.
+    """
+    try:
+        store = LabelStore(location, create=create)
+        store.progress()
+    except (ImportError, OSError, SQLAlchemyError, sqlite3.Error) as error:
+        shown, why = without_passwords(str(location)), without_passwords(" ".join(str(error).split())[:400])
+        raise ValueError(
+            f"`store` is {shown!r}, which cannot be opened ({type(error).__name__}: {why}). "
+            "Give a file in a folder that exists, or postgresql://user@host/database of a server that runs and lets "
+            "this user in."
+        ) from error
+    return store
 
 
 def _check_chain(last: Label | None, supersedes: int | None, annotator: str, comparison_id: int) -> None:

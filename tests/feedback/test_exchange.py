@@ -1,6 +1,8 @@
 """In and out of the store: what went in comes out, and what comes out trains a reward model as it is."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -239,3 +241,27 @@ def test_a_file_is_whole_or_not_there(file_store, tmp_path, monkeypatch):
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match="`path`"):
         write_rows(export_rows(file_store), tmp_path / "rows.csv")
+
+
+def test_a_file_that_is_not_there_is_named_as_given(file_store, tmp_path):
+    with pytest.raises(ValueError, match="^`rows` is '.*nothing.jsonl', and there is no such file") as caught:
+        import_rows(file_store, tmp_path / "nothing.jsonl")
+    assert "dataset_name" not in str(caught.value)
+
+
+def test_the_way_that_the_docs_show(tmp_path, monkeypatch):
+    """The blocks of docs/labels.md around the page, with an annotator in the place of the page."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "labels.md").read_text(encoding="utf-8")
+    page = text.partition("## The page")[2]
+    (row,) = re.findall(r"`(\{.*?\})` in `rows.jsonl`", page)
+    Path("rows.jsonl").write_text(row + "\n")
+    before, after = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(before, names)
+    with LabelStore("labels.db", create=False) as store:
+        store.submit("ann", store.claim("ann", pool="first").comparison_id, "best", 1)
+    exec(after, names)
+    (pair,) = names["pairs"]
+    assert (pair["chosen"], pair["rejected"]) == ("A pear.", "An apple.") and names["report"].pairs == 1
+    assert core(load_rows("labels.jsonl")) == core(names["rows"])

@@ -1,6 +1,7 @@
 """The labelling page by its calls: who may do what, what is stored, what is refused."""
 
 import json
+import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from starlette.testclient import TestClient
 
+from rlhf_ext import cli
 from rlhf_ext.feedback.page.accounts import Accounts, Sessions
 from rlhf_ext.feedback.page.app import MAX_BODY, build_app
 from rlhf_ext.feedback.page.server import is_loopback, serve
@@ -317,3 +319,21 @@ def test_other_addresses_need_accounts(tmp_path):
         serve(str(tmp_path / "labels.db"), host="0.0.0.0", users=str(tmp_path / "users.json"))
     with pytest.raises(ValueError, match="labels.db"):
         serve(str(tmp_path / "labels.db"))
+
+
+def test_a_pool_that_is_not_there_is_named(store, tmp_path):
+    with pytest.raises(ValueError, match="`--pool` is 'one', but the store has no comparisons yet"):
+        serve(str(tmp_path / "labels.db"), pool="one", port=99999)
+    fill(store)
+    with pytest.raises(ValueError, match="`--pool` is 'defualt', but the store has 'default'"):
+        serve(str(tmp_path / "labels.db"), pool="defualt", port=99999)
+
+
+def test_an_address_that_is_taken_ends_with_1(store, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["label", "--store", str(tmp_path / "labels.db"), "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"`--port` is {port}, which another program uses" in said and "--port 0" in said
+    with pytest.raises(ValueError, match="`--port` 99999 cannot be listened on"):
+        serve(str(tmp_path / "labels.db"), port=99999)

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from rlhf_ext.feedback import queries
 from rlhf_ext.feedback.database import store_url
 from rlhf_ext.feedback.schema import candidates, comparisons, labels
-from rlhf_ext.feedback.store import Candidate, LabelRefused, LabelStore, NewComparison, NewLabel
+from rlhf_ext.feedback.store import Candidate, LabelRefused, LabelStore, NewComparison, NewLabel, open_store
 
 
 def new(prompt, *texts, **kwargs):
@@ -314,11 +314,34 @@ def test_wrong_arguments_are_named(tmp_path):
     assert store.labels_since() == []
 
 
+def test_a_command_hears_one_sentence_from_a_server_that_is_not_there(tmp_path):
+    with pytest.raises(
+        ValueError, match="^`store` is 'postgres://me:.*/labels', which cannot be opened .*runs"
+    ) as caught:
+        open_store("postgres://me:pass123@127.0.0.1:1/labels", create=False)
+    assert "pass123" not in str(caught.value) and "\n" not in str(caught.value)
+    with open_store(tmp_path / "labels.db") as store:
+        assert store.progress().comparisons == 0
+
+
+def test_pools_are_named_oldest_first(store):
+    assert store.pools() == []
+    store.add([new("p")], pool="z")
+    store.add([new("p"), new("q")], pool="a")
+    assert store.pools() == ["z", "a"]
+
+
 def test_wrong_locations_are_named(tmp_path):
     for location in (":memory:", "sqlite://", "mysql://host/db", tmp_path / "no" / "labels.db"):
         with pytest.raises(ValueError, match="store"):
             LabelStore(location)
-    with pytest.raises(ValueError, match="no such file"):
+    for location in ("sqlite://labels.db", "sqlite:///labels.db?mode=ro"):
+        with pytest.raises(ValueError, match="Give labels.db, or with three slashes sqlite:///labels.db.$"):
+            LabelStore(location)
+    with pytest.raises(ValueError, match="is no URL") as caught:
+        LabelStore("postgresql://pass123@host:port/x")
+    assert "import_rows" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"no such file.*`import_rows\(LabelStore\(...\), rows\)`.*the loop"):
         LabelStore(tmp_path / "labels.db", create=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "text.jsonl").write_text('{"prompt": "p"}\n')

@@ -1,12 +1,13 @@
 """`rlhf-ext label`: the page over a store, served."""
 
+import errno
 import getpass
 import ipaddress
 import socket
 import sys
 from pathlib import Path
 
-from ..store import LabelStore
+from ..store import open_store
 from .accounts import Accounts
 
 
@@ -35,7 +36,8 @@ def serve(
             for it.
 
     Raises:
-        ValueError: another address than this machine's without accounts, or a file that is not there.
+        ValueError: another address than this machine's without accounts, a file or a pool that is not there, a store
+            that cannot be opened, an address that cannot be listened on.
     """
     try:
         import uvicorn
@@ -56,13 +58,13 @@ def serve(
     names = [name for name in (hostname, None if host in ("0.0.0.0", "::") else host) if name]
     if host in ("0.0.0.0", "::") and hostname is None:
         names += [socket.gethostname(), socket.getfqdn(), *_own_addresses()]
-    with LabelStore(location, create=False) as store:
+    with open_store(location, create=False) as store:
+        _check_pool(pool, store.pools())
         app = build_app(store, pool=pool, guidelines=text, accounts=accounts, hosts=names, secure_cookie=https)
         server = uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
         )
-        listener = server.config.bind_socket()
-        listener.listen(2048)  # before the address is said: who calls at once waits and is not refused
+        listener = _listen(host, port)  # before the address is said: who calls at once waits and is not refused
         shown = f"[{host}]" if ":" in host else host
         print(f"Labelling page at http://{shown}:{listener.getsockname()[1]} (Ctrl+C ends it)", flush=True)
         server.run(sockets=[listener])
@@ -84,6 +86,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_pool(pool: str | None, pools: list[str]) -> None:
+    if pool is not None and pool not in pools:
+        there = f"has {', '.join(map(repr, pools))}" if pools else "has no comparisons yet"
+        raise ValueError(f"`--pool` is {pool!r}, but the store {there}. Name one of these, or leave it out.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    is_v6 = ":" in host
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    both = is_v6 and socket.has_dualstack_ipv6()  # "::" is every address of the machine
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            why = f"`--port` is {port}, which another program uses on {host}."
+        else:
+            why = f"`--host` {host!r} with `--port` {port} cannot be listened on: {error}."
+        raise ValueError(f"{why} Give another one; `--port 0` takes a port that is free.") from error
 
 
 def _own_addresses() -> list[str]:
