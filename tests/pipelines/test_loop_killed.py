@@ -16,6 +16,7 @@ from rlhf_ext.feedback.exchange import export_rows
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop_record import STEPS
+from rlhf_ext.pipelines.loop_run import LoopRun
 from tests.pipelines.test_loop import PPO, REWARD, prompts, sft  # noqa: F401 (fixtures)
 
 
@@ -69,7 +70,7 @@ def labels_of(run):
     """What the store holds: every label there ever was, and the comparisons as they are exported."""
     with LabelStore(run / "labels.db", create=False) as store:
         labels = [(label.id, label.comparison_id, label.annotator, label.value) for label in store.labels_since(0)]
-        return labels, list(export_rows(store, pool="run/round-1"))
+        return labels, list(export_rows(store, pool=LoopRun.load(run).pool(1)))
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX signals")

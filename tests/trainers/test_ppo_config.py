@@ -171,6 +171,8 @@ def test_defaults_of_our_own_fields():
         "bootstrap_truncated": False,
         "whiten_rewards": False,
         "whiten_advantages": True,
+        "skip_padding": True,
+        "trunk_cache_gib": None,
         "critic": None,
         "critic_learning_rate": None,
         "critic_warmup_rollouts": 0,
