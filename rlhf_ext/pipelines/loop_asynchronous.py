@@ -26,7 +26,7 @@ from ..feedback.store import LabelStore
 from ..functional.label_schedule import labels_due
 from ..models.generation import Samples
 from ..models.newest_reward import NewestReward, newest_version, version_folder
-from .finished_runs import RUN_FILE, run_once
+from .finished_runs import RUN_FILE, read_run, run_once
 from .loop_labels import add_comparisons, agreement_facts, annotators_of, label_facts, labelled_rows
 from .loop_run import LoopRun, write_whole
 from .loop_training import fit_reward, reference_samples_of, reward_config, run_ppo
@@ -81,7 +81,16 @@ def train_asynchronously(run: LoopRun, round_: int, folder: Path) -> dict[str, A
             "completions that differ. Raise the rollout of `ppo`, or lower `labels_per_round`.",
             flush=True,
         )
-    return {**result, "restarts": restarts, "labels": facts, "reward_versions": newest_version(folder / REWARDS)}
+    versions = newest_version(folder / REWARDS)
+    last = read_run(version_folder(folder / REWARDS, versions))["result"]
+    measured = {name: last[name] for name in ("accuracy", "interval", "num_rows") if name in last}
+    return {
+        **result,
+        "restarts": restarts,
+        "labels": facts,
+        "reward_versions": versions,
+        "last_reward": measured,
+    }
 
 
 # The three roles; each runs in a process of its own

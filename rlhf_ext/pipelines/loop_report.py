@@ -34,12 +34,9 @@ MEASURES = [
 
 
 def _accuracy(found: dict[str, Any]) -> str:
-    """Accuracy with its interval, on how many rows: of a handful it says little."""
-    text = number_text(found.get("accuracy"))
-    interval, rows = found.get("interval"), found.get("num_rows")
-    if interval:
-        text += f" [{number_text(interval[0])}, {number_text(interval[1])}]"
-    return f"{text} on {rows} rows" if rows else text
+    """Accuracy with its interval: of a handful of rows it says little."""
+    text, interval = number_text(found.get("accuracy")), found.get("interval")
+    return f"{text} [{number_text(interval[0])}, {number_text(interval[1])}]" if interval else text
 
 
 def write_loop_report(folder: str | Path, output: str | Path | None = None) -> str:
@@ -172,6 +169,10 @@ def rounds_table(record: LoopRecord) -> str:
         ("labels that agree with gold", {n: number_text(found.get("gold_agreement")) for n, found in labels.items()})
     )
     lines.append(("reward model: held-out accuracy", {n: _accuracy(found) for n, found in rewards.items()}))
+    lines.append(("reward model: held-out rows", {n: _count(found.get("num_rows")) for n, found in rewards.items()}))
+    newest = {n: found["last_reward"] for n, found in trained.items() if "last_reward" in found}
+    lines.append(("last reward model: held-out accuracy", {n: _accuracy(found) for n, found in newest.items()}))
+    lines.append(("last reward model: held-out rows", {n: _count(f.get("num_rows")) for n, f in newest.items()}))
     keys = list(dict.fromkeys(key for found in evaluations.values() for key in found))
     scores = [key for key in keys if key.startswith("score/") and not key.endswith("_se")]
     diversity = [key for key in keys if key.startswith(("per_input_", "across_input_"))]

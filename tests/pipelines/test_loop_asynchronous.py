@@ -95,6 +95,8 @@ def test_each_process_is_killed_and_the_run_ends_whole(tmp_path, sft, prompts, m
     result = read_run(folder / "round_1" / "policy")["result"]
     assert result["restarts"] == {"policy": 1, "labels": 1, "rewards": 1}
     assert result["reward_versions"] > 1
+    newest = read_run(version_folder(folder / "round_1" / "policy" / "rewards", result["reward_versions"]))["result"]
+    assert result["last_reward"]["accuracy"] == newest["accuracy"]
     with LabelStore(folder / "labels.db") as store:
         pool = LoopRun.load(folder).pool(1)
         initial, later = (store.progress(pool=name) for name in (pool, f"{pool}-asynchronous"))

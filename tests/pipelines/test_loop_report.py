@@ -17,7 +17,7 @@ from rlhf_ext.feedback.exchange import export_rows
 from rlhf_ext.feedback.records import Candidate, NewComparison
 from rlhf_ext.feedback.store import LabelStore
 from rlhf_ext.pipelines.loop_record import read_loop
-from rlhf_ext.pipelines.loop_report import loop_page, progress, settings_section, write_loop_report
+from rlhf_ext.pipelines.loop_report import _accuracy, loop_page, progress, settings_section, write_loop_report
 from rlhf_ext.pipelines.loop_report_plots import function_scorers, policy_plots, round_plots
 from rlhf_ext.pipelines.loop_report_texts import _verdicts
 
@@ -141,6 +141,11 @@ def row_of(page, label):
     """Cells of the row of a table that begins with a label."""
     (row,) = re.findall(rf"<tr><td class=text>{re.escape(label)}</td>(.*?)</tr>", page)
     return re.findall(r"<td[^>]*>(.*?)</td>", row)
+
+
+def test_an_accuracy_has_its_interval_and_its_rows_and_that_of_the_last_model_stands_beside():
+    found = {"accuracy": 0.75, "interval": [0.5, 0.9], "num_rows": 17}
+    assert _accuracy(found) == "0.750 [0.500, 0.900]" and _accuracy({"accuracy": None}) == "-"
 
 
 def test_the_table_by_round(run):
