@@ -71,6 +71,19 @@ def critic_of(policy: PreTrainedModel) -> PreTrainedModel:
     return critic
 
 
+def trainer_of(args: Any, policy: Any, reference: Any, reward: GoldModule, tokenizer: Any, rows: list) -> PPOTrainer:
+    """The trainer with a critic that starts from the policy; it takes tokenised prompts alone."""
+    return PPOTrainer(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=critic_of(policy),
+        train_dataset=Dataset.from_dict({"input_ids": tokenizer([row["prompt"] for row in rows])["input_ids"]}),
+    )
+
+
 def run(arm: dict[str, Any], world: dict[str, Any], seed: int, sft: str, folder: str) -> list[dict[str, Any]]:
     """Train one seed; the policy goes to `folder`. One row per update, as in `compare_arms.run_arm`."""
     tokenizer = build_tokenizer()
@@ -101,15 +114,7 @@ def run(arm: dict[str, Any], world: dict[str, Any], seed: int, sft: str, folder:
         **arm["args"],
     )
     reward = GoldModule(tokenizer)
-    trainer = PPOTrainer(
-        args=args,
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=reward,
-        value_model=critic_of(policy),
-        train_dataset=Dataset.from_dict({"input_ids": tokenizer([row["prompt"] for row in rows])["input_ids"]}),
-    )
+    trainer = trainer_of(args, policy, reference, reward, tokenizer, rows)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "objective/kl" in entry]

@@ -8,11 +8,10 @@ import sys
 from typing import Any
 
 import torch
-from compare_trl112 import GoldModule, critic_of
-from datasets import Dataset
+from compare_trl112 import GoldModule, trainer_of
 from learning_clock import Snapshots
 from transformers import AutoModelForCausalLM, set_seed
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig
 
 from rlhf_ext.toyworld.corpus import prompt_rows
 from rlhf_ext.toyworld.tiny import build_tokenizer
@@ -50,15 +49,7 @@ def main() -> None:
         **job["args"],
     )
     reward = GoldModule(tokenizer)
-    trainer = PPOTrainer(
-        args=args,
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=reward,
-        value_model=critic_of(policy),
-        train_dataset=Dataset.from_dict({"input_ids": tokenizer([row["prompt"] for row in rows])["input_ids"]}),
-    )
+    trainer = trainer_of(args, policy, reference, reward, tokenizer, rows)
     notes = reward.backbone.rollouts
     Snapshots(job, policy, 1, lambda: [note["gold"] for note in notes]).train(trainer)
 
