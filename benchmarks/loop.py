@@ -15,11 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from compare import commit_of_head
 from compare_statistics import interval
 from trl import ModelConfig
 
+from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.data.loop_arguments import LoopArguments
 from rlhf_ext.pipelines.finished_runs import read_run
 from rlhf_ext.pipelines.loop import run_loop
@@ -89,6 +91,7 @@ def collect(target: Path, rounds: int) -> dict[str, Any]:
         "KL": last["kl"],
         "labels": labels,
         "accuracy": read_run(rewards)["result"]["accuracy"],
+        "reward with gold": correlation(target / f"round_{rounds}" / "evaluation" / "answers.jsonl"),
         "by_round": [
             read_run(target / f"round_{r}" / "evaluation")["result"]["score/gold_reward"] for r in range(1, rounds + 1)
         ],
@@ -97,9 +100,15 @@ def collect(target: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def correlation(answers: Path) -> float:
+    """Of the last reward model's score and gold, over the answers to the held-out prompts."""
+    scores = [row["scores"] for row in read_jsonl(answers)]
+    return float(np.corrcoef([row["reward"] for row in scores], [row["gold_reward"] for row in scores])[0, 1])
+
+
 def table(found: dict[int, dict[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     """Means over seeds, and paired differences with 95% t-intervals."""
-    columns = ["gold", "win rate", "KL", "accuracy", "labels"]
+    columns = ["gold", "win rate", "KL", "accuracy", "reward with gold", "labels"]
     rows = []
     for arm in ARMS:
         cells = [f"{sum(run[arm][name] for run in found.values()) / len(found):.3f}" for name in columns]
@@ -135,7 +144,8 @@ def main() -> None:
             "rows": rows,
             "notes": [
                 f"512 held-out prompts; gold of SFT {sft:.3f}. Accuracy: of the last reward model on its held-out "
-                "pairs, 37 to 55 a seed. Means over seeds; differences are paired, with 95% t-intervals over seeds.",
+                "pairs, 37 to 55 a seed; reward with gold: correlation of the two over the last policy's answers. Means "
+                "over seeds; differences are paired, with 95% t-intervals over seeds.",
                 "Gold after each of the 4 rounds: "
                 + ", ".join(
                     f"{sum(run['4 rounds']['by_round'][r] for run in found.values()) / len(found):.3f}"
