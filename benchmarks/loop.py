@@ -144,8 +144,8 @@ def main() -> None:
             "rows": rows,
             "notes": [
                 f"512 held-out prompts; gold of SFT {sft:.3f}. Accuracy: of the last reward model on its held-out "
-                "pairs, 37 to 55 a seed; reward with gold: correlation of the two over the last policy's answers. Means "
-                "over seeds; differences are paired, with 95% t-intervals over seeds.",
+                "pairs, 37 to 55 a seed; reward with gold: correlation of the two over the last policy's answers. "
+                "Means over seeds; differences are paired, with 95% t-intervals over seeds.",
                 "Gold after each of the 4 rounds: "
                 + ", ".join(
                     f"{sum(run['4 rounds']['by_round'][r] for run in found.values()) / len(found):.3f}"
