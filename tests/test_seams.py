@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_te
 
 from rlhf_ext import PPOConfig, PPOTrainer, PreferenceRewardTrainer
 from rlhf_ext.models import memory_trace
-from rlhf_ext.trainers import ppo_config, ppo_rollout, ppo_trainer
+from rlhf_ext.trainers import ppo_config_checks, ppo_rollout, ppo_trainer
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 from tests.trainers.ppo_runs import PROMPTS, make_trainer, rollout
 
@@ -281,9 +281,9 @@ def test_every_flag_that_the_parent_reads_is_known(method, flags):
     groups = ("vllm_", "sapo_", "vespo_", "ref_model_", "entropy_coef_", "entropy_target")
     for name in flags["refused"]:
         name = ATTRIBUTE_OF.get(name, name)
-        assert name in ppo_config.ONLY_VALUE or name.startswith(groups), f"PPOConfig lets {name} through"
+        assert name in ppo_config_checks.ONLY_VALUE or name.startswith(groups), f"PPOConfig lets {name} through"
     for name in flags["inherited"]:
-        assert ATTRIBUTE_OF.get(name, name) not in ppo_config.ONLY_VALUE, name
+        assert ATTRIBUTE_OF.get(name, name) not in ppo_config_checks.ONLY_VALUE, name
 
 
 def test_our_own_reads_of_arguments_exist():

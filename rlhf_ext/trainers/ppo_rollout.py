@@ -6,7 +6,16 @@ Shapes: B rows of this process, P prompt tokens (left-padded), C completion toke
 import torch
 from transformers.utils import logging
 
-from ..functional import estimate_kl, masked_whiten, shape_rewards
+from ..functional import (
+    compute_gae,
+    discounted_returns,
+    estimate_kl,
+    leave_one_out_advantages,
+    masked_mean,
+    masked_whiten,
+    shape_rewards,
+)
+from ..functional.advantages import baseline_advantages
 from ..functional.statistics import completion_statistics, is_below_zero, rollout_statistics, row_means
 from ..models.roles import CRITIC
 from ..models.scoring import last_token_scores
@@ -84,6 +93,38 @@ class RolloutMixin:
         if "values" in rollout:
             rollout["returns"] = torch.where(scored[:, None], returns, rollout["values"])
         return rollout
+
+    def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantages and returns of a rollout, before whitening. Override to try another estimator.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`):
+                `rewards`, `mask` and, with a critic, `values` of shape `(B, C)` (the value before token t), and
+                `bootstrap_values` of shape `(B,)` with `bootstrap_truncated`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both `(B, C)`, 0 where the mask is False.
+        """
+        rewards, mask, values = batch["rewards"], batch["mask"], batch.get("values")
+        if self.args.advantage_estimator == "leave_one_out":
+            per_row = self.accelerator.gather(rewards.sum(-1))
+            advantages = leave_one_out_advantages(per_row, group_size=self.num_generations)
+            advantages = torch.where(mask, self._own_rows(advantages, len(mask))[:, None], 0.0)
+            return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
+        if self.args.advantage_estimator == "gae":
+            return compute_gae(
+                rewards,
+                values,
+                mask,
+                gamma=self.args.gamma,
+                gae_lambda=self.args.gae_lambda,
+                bootstrap_values=batch.get("bootstrap_values"),
+            )
+        returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
+        if self.args.baseline == "batch_mean":
+            mean = masked_mean(self._gather(returns), self._gather(mask.long()).bool())
+            values = mean.expand(mask.shape)
+        return baseline_advantages(returns, values, mask), returns
 
     def _old_logps(self, batch: dict[str, torch.Tensor], raw: torch.Tensor, mode: str) -> torch.Tensor:
         """`(B, C)` log-probabilities that the ratio is taken of: the raw ones of the policy, unless it is masked."""

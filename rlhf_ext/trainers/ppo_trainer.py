@@ -21,15 +21,7 @@ from ..data.prompts import check_prompts, check_tokenizer
 from ..functional import (
     AdaptiveKLController,
     AdaptivePenaltyController,
-    compute_gae,
-    discounted_returns,
-    leave_one_out_advantages,
-    masked_mean,
-    policy_gradient_loss,
-    value_loss,
 )
-from ..functional.advantages import baseline_advantages
-from ..functional.statistics import ratio_statistics
 from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
 from ..models.dense_rows import compute_dense_rows
 from ..models.fused_head import tile_fused_head
@@ -37,16 +29,17 @@ from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, local_folder, with_base_revision
 from ..models.positions import count_positions_from_mask
 from ..models.rewards import AdapterReward, adapter_of, resolve_reward, resolve_rewards, resolve_token_rewards
-from ..models.roles import CRITIC, checkpoint_context
+from ..models.roles import checkpoint_context
 from ..models.score_wrappers import CutAt, ScoreWrapper, parts_of, unit_of
 from ..models.scoring import ModelReward, saved_normalization
 from .launch import check_launch, prepare_frozen, reset_reentrant
 from .ppo_batches import BatchesMixin
 from .ppo_card import PPOCardMixin
-from .ppo_checkpoint import CheckpointMixin, is_critic
+from .ppo_checkpoint import CheckpointMixin
 from .ppo_config import PPOConfig
+from .ppo_loss import LossMixin
 from .ppo_rewards import RewardsMixin
-from .ppo_rollout import RolloutMixin, before_each_token, token_mask, whole_rows
+from .ppo_rollout import RolloutMixin
 from .ppo_throughput import StepClock, ThroughputMixin
 from .ppo_trunk import TrunkMixin
 from .ppo_update import StepGuard, UpdateMixin
@@ -55,6 +48,7 @@ from .ppo_update import StepGuard, UpdateMixin
 class PPOTrainer(
     RewardsMixin,
     RolloutMixin,
+    LossMixin,
     ThroughputMixin,
     BatchesMixin,
     TrunkMixin,
@@ -308,133 +302,7 @@ class PPOTrainer(
         self._log_completions(batch, mode)
         return batch
 
-    def compute_advantages(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Advantages and returns of a rollout, before whitening. Override to try another estimator.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`):
-                `rewards`, `mask` and, with a critic, `values` of shape `(B, C)` (the value before token t), and
-                `bootstrap_values` of shape `(B,)` with `bootstrap_truncated`.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: both `(B, C)`, 0 where the mask is False.
-        """
-        rewards, mask, values = batch["rewards"], batch["mask"], batch.get("values")
-        if self.args.advantage_estimator == "leave_one_out":
-            per_row = self.accelerator.gather(rewards.sum(-1))
-            advantages = leave_one_out_advantages(per_row, group_size=self.num_generations)
-            advantages = torch.where(mask, self._own_rows(advantages, len(mask))[:, None], 0.0)
-            return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
-        if self.args.advantage_estimator == "gae":
-            return compute_gae(
-                rewards,
-                values,
-                mask,
-                gamma=self.args.gamma,
-                gae_lambda=self.args.gae_lambda,
-                bootstrap_values=batch.get("bootstrap_values"),
-            )
-        returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
-        if self.args.baseline == "batch_mean":
-            mean = masked_mean(self._gather(returns), self._gather(mask.long()).bool())
-            values = mean.expand(mask.shape)
-        return baseline_advantages(returns, values, mask), returns
-
-    # Third wrap: the value loss over the parent's own divisor
-
-    def _compute_loss(self, model, inputs):
-        if self._stopped and self.model.training:
-            # The rest of the rollout is not trained on; its steps pass without a forward.
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        loss = self.compute_policy_loss(inputs, model)
-        if self.model.training and self._is_warm_up(self._step):
-            loss = loss * 0.0  # not left out: DDP waits for every gradient
-        if self.critic == "none":
-            return loss
-        ids, attention_mask = whole_rows(inputs)
-        values = before_each_token(model(input_ids=ids, attention_mask=attention_mask, role=CRITIC), inputs)
-        critic_loss, metrics = value_loss(
-            values,
-            inputs["values"],
-            inputs["returns"],
-            token_mask(inputs),
-            epsilon_value=self.args.epsilon_value,
-            reduction="sum",
-        )
-        divisor = self._loss_divisor(inputs)
-        parts = self.current_gradient_accumulation_steps if self.model.training else 1
-        self._log_means(
-            # One micro-batch's share of the step, times their number: the mean that is logged is the step's loss.
-            {
-                "value_loss": critic_loss.detach() / divisor * parts,
-                "value/clip_fraction": metrics["value_clip_fraction"],
-            }
-        )
-        return loss + self.args.vf_coef * critic_loss / divisor
-
-    def compute_policy_loss(self, batch: dict[str, torch.Tensor], model: nn.Module | None = None) -> torch.Tensor:
-        """Policy loss of one micro-batch, over the parent's divisor. Override to add a term.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`):
-                What `_generate_and_score_completions` returned, one slice of it.
-            model (`nn.Module`, *optional*):
-                The prepared model; the trainer's own if not given.
-        """
-        loss = super()._compute_loss(self.model if model is None else model, batch)
-        outputs, self._outputs, length = self._outputs, None, batch["completion_ids"].size(1)
-        logps = outputs.log_probs.detach()[:, -length:]
-        if self.args.policy_objective == "pg":
-            # With a ratio of 1 the parent's gradient is that of REINFORCE; its value is not, so it is put right.
-            shown, _ = policy_gradient_loss(logps, batch["advantages"], token_mask(batch), reduction="sum")
-            loss = loss + (shown / self._loss_divisor(batch) - loss.detach())
-        else:
-            self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)))
-            if self.model.training and self.args.target_kl is not None:
-                self._watch_kl(logps, batch)
-        if self.args.policy_objective == "penalty":
-            loss = loss + self._penalty_term(batch)
-        if self.args.entropy_bonus_coef > 0:
-            loss = loss + self._entropy_term(batch, outputs.entropy[:, -length:])
-        return loss
-
-    def _loss_divisor(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # Mean number of tokens per optimizer step of the rollout and process: the parent's for `dapo`, pinned in
-        # tests/test_seams.py.
-        divisor = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return divisor
-
-    # Optimizer
-
-    def create_optimizer(self, *args, **kwargs):
-        created = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.critic_learning_rate
-        if created and rate is not None and self.critic != "none":
-            critic = {id(p) for n, p in self.model.named_parameters() if is_critic(n)}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in critic]
-                if own:
-                    group["params"] = [p for p in group["params"] if id(p) not in critic]
-                    optimizer.add_param_group({**group, "params": own, "lr": rate})
-        return optimizer
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """A caller's optimizer was made before the critic and the adapters were: what it lacks would never train."""
-        if self.args.critic_learning_rate is not None:
-            raise ValueError(
-                f"critic_learning_rate={self.args.critic_learning_rate} has no effect on an optimizer of your own. "
-                "Remove it, or pass no optimizer."
-            )
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
-        if lost:
-            raise ValueError(
-                f"optimizers[0] lacks {len(lost)} trained parameters, {lost[0]!r} first: the critic and new adapters "
-                "are made by the trainer. Pass no optimizer, and set `optim`, `learning_rate`, `critic_learning_rate`."
-            )
+    # Third wrap, of `_compute_loss`: in ppo_loss.py
 
 
 def no_score(prompts: list, **kwargs: Any) -> list[float]:

@@ -173,3 +173,33 @@ class UpdateMixin:
         for name, parameter in self.model.named_parameters():
             if self._stopped or (warm_up and not is_critic(name)):
                 parameter.grad = None
+
+    # Optimizer
+
+    def create_optimizer(self, *args, **kwargs):
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.critic_learning_rate
+        if created and rate is not None and self.critic != "none":
+            critic = {id(p) for n, p in self.model.named_parameters() if is_critic(n)}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in critic]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in critic]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """A caller's optimizer was made before the critic and the adapters were: what it lacks would never train."""
+        if self.args.critic_learning_rate is not None:
+            raise ValueError(
+                f"critic_learning_rate={self.args.critic_learning_rate} has no effect on an optimizer of your own. "
+                "Remove it, or pass no optimizer."
+            )
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if lost:
+            raise ValueError(
+                f"optimizers[0] lacks {len(lost)} trained parameters, {lost[0]!r} first: the critic and new adapters "
+                "are made by the trainer. Pass no optimizer, and set `optim`, `learning_rate`, `critic_learning_rate`."
+            )

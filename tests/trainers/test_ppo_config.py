@@ -11,7 +11,7 @@ from trl import GRPOConfig, TrlParser
 
 from rlhf_ext import PPOConfig
 from rlhf_ext.models.roles import checkpoint_context
-from rlhf_ext.trainers.ppo_config import ONLY_VALUE
+from rlhf_ext.trainers.ppo_config_checks import ONLY_VALUE
 
 
 # The parent's fields that keep their meaning.
