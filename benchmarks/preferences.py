@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.feedback.simulated import SimulatedLabeller
-from rlhf_ext.models.build import critic_from_policy
+from rlhf_ext.models.critics import critic_from_policy
 from rlhf_ext.models.generation import sample_completions
 from rlhf_ext.models.lm_head import lm_logps
 from rlhf_ext.models.scoring import ModelReward

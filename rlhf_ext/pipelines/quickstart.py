@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..feedback.simulated import SimulatedLabeller
-from ..models.build import critic_from_policy
+from ..models.critics import critic_from_policy
 from ..models.generation import sample_completions
 from ..models.scoring import ModelReward, load_reward_model
 from ..toyworld.corpus import prompt_rows, sft_rows

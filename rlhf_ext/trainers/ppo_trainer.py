@@ -22,7 +22,8 @@ from ..functional import (
     AdaptiveKLController,
     AdaptivePenaltyController,
 )
-from ..models.build import build_roles, choose_critic, load_policy, shortest_context, without_dropout
+from ..models.build import build_roles, load_policy, shortest_context, without_dropout
+from ..models.critics import choose_critic
 from ..models.dense_rows import compute_dense_rows
 from ..models.fused_head import tile_fused_head
 from ..models.generation import without_generation_defaults

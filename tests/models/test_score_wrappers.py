@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rlhf_ext.models.build import critic_from_reward
+from rlhf_ext.models.critics import critic_from_reward
 from rlhf_ext.models.rewards import adapter_of, resolve_rewards, resolve_token_rewards
 from rlhf_ext.models.score_wrappers import parts_of, unit_of
 from rlhf_ext.models.scoring import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from rlhf_ext.models.build import critic_from_policy, critic_from_reward
+from rlhf_ext.models.critics import critic_from_policy, critic_from_reward
 from rlhf_ext.models.reward_checkpoints import save_reward_config
 from rlhf_ext.models.scoring import load_reward_model
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
