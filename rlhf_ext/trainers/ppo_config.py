@@ -96,8 +96,11 @@ class PPOConfig(ConfigChecks, GRPOConfig):
             `reward_adapter` is given, else `"model"`.
         critic_learning_rate (`float`, *optional*):
             Learning rate of the critic, on the policy's schedule. `None` takes `learning_rate`.
+        critic_epochs (`int`, *optional*):
+            The critic trains in the first so many of a rollout's `num_iterations` epochs; in the rest neither its
+            forward nor its backward is computed. `None` trains it in all. One process or DDP.
         critic_warmup_rollouts (`int`, *optional*, defaults to `0`):
-            Rollouts at the start that train the critic and leave the policy as it is.
+            Rollouts at the start that train the critic, in every epoch, and leave the policy as it is.
 
     Raises:
         ValueError: a value is out of range, or a field of the parent does not compose; the message names the field,
@@ -168,6 +171,9 @@ class PPOConfig(ConfigChecks, GRPOConfig):
     )
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the critic; None takes learning_rate."}
+    )
+    critic_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs of a rollout that train the critic; None is num_iterations."}
     )
     critic_warmup_rollouts: int = field(
         default=0, metadata={"help": "Rollouts that train the critic alone before the policy moves."}

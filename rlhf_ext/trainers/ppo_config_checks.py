@@ -108,6 +108,11 @@ class ConfigChecks:
         ):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.critic_epochs is not None and not 1 <= self.critic_epochs <= self.num_iterations:
+            raise ValueError(
+                f"critic_epochs={self.critic_epochs} must lie between 1 and num_iterations={self.num_iterations}, the "
+                "epochs of a rollout. Use None to train the critic in all of them."
+            )
         if self.adaptive_kl_target is not None and self.generation_batch_size >= 5 * self.kl_horizon:
             raise ValueError(
                 f"kl_horizon={self.kl_horizon} is too short for rollouts of {self.generation_batch_size} completions: "
@@ -197,6 +202,7 @@ class ConfigChecks:
             "gamma": (estimator != "leave_one_out", "advantage_estimator='leave_one_out' adds rewards up"),
             "epsilon_value": read_by_critic,
             "vf_coef": read_by_critic,
+            "critic_epochs": read_by_critic,
             "critic_warmup_rollouts": read_by_critic,
             "kl_estimator": (self.kl_coef > 0, "kl_coef=0 charges no KL"),
             "kl_horizon": (self.adaptive_kl_target is not None, "adaptive_kl_target=None keeps kl_coef fixed"),

@@ -6,6 +6,7 @@ from torch import nn
 from ..functional import policy_gradient_loss, value_loss
 from ..functional.statistics import ratio_statistics
 from ..models.roles import CRITIC
+from .ppo_checkpoint import is_critic
 from .ppo_rollout import before_each_token, token_mask, whole_rows
 
 
@@ -21,6 +22,12 @@ class LossMixin:
             loss = loss * 0.0  # not left out: DDP waits for every gradient
         if self.critic == "none":
             return loss
+        if self.model.training and self._critic_rests(self._step):
+            if self.accelerator.num_processes == 1:
+                return loss
+            # DDP waits for every gradient; these are dropped before the step.
+            critic = [p for name, p in self.model.named_parameters() if is_critic(name) and p.requires_grad]
+            return loss + 0.0 * sum(p.sum() for p in critic)
         ids, attention_mask = whole_rows(inputs)
         values = before_each_token(model(input_ids=ids, attention_mask=attention_mask, role=CRITIC), inputs)
         critic_loss, metrics = value_loss(

@@ -267,7 +267,7 @@ class PPOTrainer(
             self.epsilon_low, self.epsilon_high = 1.0, float("inf")
         self._check_update()
         self._step_kl = torch.zeros(2, device=self.accelerator.device)
-        if args.target_kl is not None or args.critic_warmup_rollouts:
+        if args.target_kl is not None or args.critic_warmup_rollouts or self._some_epochs_rest:
             self.add_callback(StepGuard(self))
         self.add_callback(StepClock(self))
         # The parent's loss keeps its log-probabilities to itself; its forward's output does not.

@@ -58,6 +58,12 @@ class UpdateMixin:
                 f"critic_warmup_rollouts={args.critic_warmup_rollouts} with weight_decay={args.weight_decay} would "
                 "decay the policy under DeepSpeed. Set weight_decay to 0, or launch without DeepSpeed."
             )
+        if self._some_epochs_rest and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            what = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(
+                f"critic_epochs={args.critic_epochs} with num_iterations={args.num_iterations} leaves the critic out "
+                f"of steps, which {what} cannot: it steps its own copies. Set it to None, or launch with DDP."
+            )
         if args.policy_objective == "penalty":
             self._check_head("policy_objective", "penalty")
 
@@ -155,6 +161,15 @@ class UpdateMixin:
         rollout = micro_batch // (self.args.steps_per_generation * self.num_iterations)
         return rollout < self.args.critic_warmup_rollouts
 
+    @property
+    def _some_epochs_rest(self) -> bool:
+        return self.critic != "none" and self.args.critic_epochs not in (None, self.num_iterations)
+
+    def _critic_rests(self, micro_batch: int) -> bool:
+        """Whether this micro-batch, counted from the start of the run, is of an epoch after the critic's last one."""
+        epoch = micro_batch // self.args.steps_per_generation % self.num_iterations
+        return self._some_epochs_rest and epoch >= self.args.critic_epochs and not self._is_warm_up(micro_batch)
+
     def _watch_kl(self, logps: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch to the KL of the step that is being gathered."""
         mask = token_mask(batch)
@@ -169,9 +184,10 @@ class UpdateMixin:
                 self._stopped = bool(total[0] / total[1].clamp(min=1) > self.args.target_kl)
             self._step_kl = torch.zeros(2, device=self.accelerator.device)
             self._metrics["train"]["policy/skipped"].append(float(self._stopped))
-        warm_up = self._is_warm_up(self._step - 1)  # the step's micro-batches are counted by now
+        micro_batch = self._step - 1  # the step's micro-batches are counted by now
+        warm_up, rests = self._is_warm_up(micro_batch), self._critic_rests(micro_batch)
         for name, parameter in self.model.named_parameters():
-            if self._stopped or (warm_up and not is_critic(name)):
+            if self._stopped or (rests if is_critic(name) else warm_up):
                 parameter.grad = None
 
     # Optimizer

@@ -11,6 +11,7 @@ from tests.distributed.launcher import agree, compare, launch, read, reload
 
 
 PINNED = ["ppo-lora", "ppo-lora-ckpt", "reward-full", "reward-full-lm"]
+RESTING = "ppo-lora-rest-adamw"  # the critic, in the second epoch; DeepSpeed refuses it
 SAMPLED = ["ppo-lora-sampled", "ppo-lora-sampled-stop"]
 KINDS = ["ddp", "zero3"]
 
@@ -20,9 +21,9 @@ def runs(tmp_path_factory):
     """Folder of what one process and two left, by kind of launch."""
     folder = tmp_path_factory.mktemp("runs")
     world = worker.build_world(folder / "world")
-    worker.main(["--world", str(world), "--output", str(folder / "one"), "--cases", *PINNED])
+    worker.main(["--world", str(world), "--output", str(folder / "one"), "--cases", *PINNED, RESTING])
     for kind in KINDS:
-        launch(kind, world, folder / kind, [*PINNED, *SAMPLED] if kind == "ddp" else PINNED)
+        launch(kind, world, folder / kind, [*PINNED, RESTING, *SAMPLED] if kind == "ddp" else PINNED)
     return folder
 
 
@@ -32,6 +33,13 @@ def test_gradients_and_weights_are_those_of_one_process(runs, kind, case):
     apart = compare(read(runs / "one", case), read(runs / kind, case))
     assert apart["moved"] > 1e-2, "weights that stand still prove nothing"
     assert apart["gradients"] < 1e-6
+    assert apart["weights"] < 1e-5
+
+
+def test_a_resting_critic_stands_still(runs):
+    """DDP wants gradients of it, and AdamW would move it by what it remembers."""
+    apart = compare(read(runs / "one", RESTING), read(runs / "ddp", RESTING))
+    assert apart["moved"] > 1e-3
     assert apart["weights"] < 1e-5
 
 

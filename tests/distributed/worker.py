@@ -150,6 +150,7 @@ def build_ppo(case: str, world: Path, output: Path) -> PPOTrainer:
         whiten_rewards=sampled,
         critic="shared" if "shared" in case.split("-") else None,
         target_kl=1.0 if "stop" in case.split("-") else None,
+        critic_epochs=1 if "rest" in case.split("-") else None,
     )
     shared = {
         "args": in_small_pieces(args),

@@ -1,5 +1,7 @@
 """The critic: which position a value is read at, what follows a cut completion, what warm-up moves, what is saved."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -110,6 +112,36 @@ def test_r19_warm_up_moves_the_critic_alone(tmp_path):
         moved = {name for name in now if not torch.equal(now[name], before[name])}
         assert any(is_critic(name) for name in moved)
         assert any(not is_critic(name) for name in moved) == (step >= 4), step
+
+
+def test_the_critic_rests_after_its_epochs(tmp_path, monkeypatch):
+    """Three epochs a rollout, the critic in the first: no forward of it, and no weight moved by what Adam remembers."""
+    config = {"max_steps": 9, "num_iterations": 3, "critic_epochs": 1, "learning_rate": 1e-2, "weight_decay": 0.1}
+    trainer = make_trainer(tmp_path, critic_warmup_rollouts=1, **config)
+    seen, forwards, loss = [weights(trainer.model)], [], trainer._compute_loss
+    trainer.roles.base.critic.score.register_forward_hook(lambda *_: forwards.append("critic"))
+
+    def counted(model, inputs):
+        before = len(forwards)
+        found = loss(model, inputs)
+        seen.append(len(forwards) - before)
+        return found
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(weights(model))
+
+    monkeypatch.setattr(trainer, "_compute_loss", counted)
+    trainer.add_callback(Keep())
+    trainer.train()
+    states = [part for part in seen if isinstance(part, dict)]
+    for step, (before, now) in enumerate(itertools.pairwise(states)):
+        moved = {is_critic(name) for name in now if not torch.equal(now[name], before[name])}
+        # The first rollout warms the critic up, in every epoch.
+        assert moved == ({True} if step < 3 else {True, False} if step % 3 == 0 else {False}), step
+    micro_batches = [part for part in seen if isinstance(part, int)]
+    per_step = len(micro_batches) // 9
+    assert micro_batches == [int(step < 3 or step % 3 == 0) for step in range(9) for _ in range(per_step)]
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])

@@ -175,6 +175,7 @@ def test_defaults_of_our_own_fields():
         "trunk_cache_gib": None,
         "critic": None,
         "critic_learning_rate": None,
+        "critic_epochs": None,
         "critic_warmup_rollouts": 0,
     }
     for field in fields(PPOConfig):
@@ -214,6 +215,9 @@ BAD = [
         {"critic": "none", "advantage_estimator": "returns", "critic_warmup_rollouts": 2},
         "critic_warmup_rollouts=2 has",
     ),
+    ({"critic_epochs": 0}, "critic_epochs=0 must lie between 1 and num_iterations=4"),
+    ({"critic_epochs": 5}, "critic_epochs=5 must lie between 1 and num_iterations=4"),
+    ({"critic": "none", "advantage_estimator": "returns", "critic_epochs": 2}, "critic_epochs=2 has no effect"),
     ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator='k3' has no effect"),
     ({"advantage_estimator": "vtrace"}, "advantage_estimator='vtrace'.*Choose one of"),
     ({"critic": "lora"}, "critic='lora'.*Choose one of"),
