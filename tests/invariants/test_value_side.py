@@ -115,7 +115,7 @@ def test_r19_warm_up_moves_the_critic_alone(tmp_path):
 
 
 def test_the_critic_rests_after_its_epochs(tmp_path, monkeypatch):
-    """Three epochs a rollout, the critic in the first: no forward of it, and no weight moved by what Adam remembers."""
+    """Three epochs a rollout, the critic in the first: then no forward of it, and Adam's memory moves no weight."""
     config = {"max_steps": 9, "num_iterations": 3, "critic_epochs": 1, "learning_rate": 1e-2, "weight_decay": 0.1}
     trainer = make_trainer(tmp_path, critic_warmup_rollouts=1, **config)
     seen, forwards, loss = [weights(trainer.model)], [], trainer._compute_loss
