@@ -15,7 +15,8 @@ and trained for one iteration, above what the process held after its imports and
 allocator settings on both sides, in processes of their own (see `speed_process.py`).
 
 W1-W3: TRL 1.12, with LoRA on its policy alone, the only place that its `peft_config` reaches; its critic is a whole
-model. W2c and W3c: the same against a critic that was given adapters by hand. W4: ours without what saves padding.
+model. Letters behind them are variants: `c` a peer whose critic was given adapters by hand, `e` our critic in one of
+the four epochs, `s` our critic as a head on the reward adapter. W4: ours without what saves padding.
 W5, memory only: sampling the same rollout with the one base.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 from speed_process import check_same_work, measure, pythons, warn_unless_quiet
 from speed_report import grid_result, result, summary
 from speed_statistics import line
-from speed_workloads import WORKLOADS, first_points, second_points, settings
+from speed_workloads import WORKLOADS, next_points, settings
 
 
 GRID = Path(__file__).with_name("results") / "speed_grid.json"
@@ -91,7 +92,7 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
 def search(args: argparse.Namespace, names: list[str], places: dict[str, Path], stored: dict[str, Any]) -> int:
     """Short runs over the grid, one workload and side after the other; what is stored of others stays."""
     best, seconds = stored.get("best", {}), stored.get("seconds", {})
-    for name in [name for name in names if WORKLOADS[name].timed]:
+    for name in [name for name in names if WORKLOADS[name].timed and WORKLOADS[name].like is None]:
         for side in WORKLOADS[name].sides:
             tried: list[tuple[float, dict[str, Any]]] = []
 
@@ -100,10 +101,9 @@ def search(args: argparse.Namespace, names: list[str], places: dict[str, Path], 
                 tried.append((measure(run, places[side], returning=False)["seconds"][0], point))
                 print(f"{name} {side} {point} {tried[-1][0]:.1f} s", flush=True)
 
-            for point in first_points():
-                attempt(point)
-            for point in second_points(side, min(tried, key=lambda pair: pair[0])[1]):
-                attempt(point)
+            while points := next_points(side, min(tried, key=lambda pair: pair[0])[1] if tried else None, len(tried)):
+                for point in points:
+                    attempt(point)
             best.setdefault(name, {})[side] = min(tried, key=lambda pair: pair[0])[1]
             seconds.setdefault(name, {})[side] = [{**point, "seconds": taken} for taken, point in tried]
             args.grid_file.write_text(json.dumps(grid_result(best, seconds), indent=1) + "\n")

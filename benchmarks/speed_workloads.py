@@ -3,7 +3,7 @@
 A field of `PPOConfig` that makes a workload faster belongs into `ours` of its workload, or into `OURS` for all.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -14,9 +14,10 @@ PADDED: dict[str, Any] = {"skip_padding": False}
 """Our own padded run, the peer of W4."""
 
 GRID = {"threads": (1, 2), "micro_batch": (8, 16, 32)}
-GRID_NOTE = """Both sides: threads 1 and 2, micro-batches of 8, 16 and 32 rows. TRL 1.12's
-`local_rollout_forward_batch_size` is 32 there, and its fastest point is then tried with 8 and 16. Ours has no such
-field: it generates the rollout at once and scores in micro-batches."""
+GRID_NOTE = """Both sides, one after the other: threads 1 and 2 with micro-batches of 16 rows, the faster one with 8
+and 32, and the fastest of these with TRL 1.12's `local_rollout_forward_batch_size` of 8 and 16 instead of 32. Ours has
+no such field: it generates the rollout at once and scores in micro-batches. float32 throughout. Variants take the
+points of their workload."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Workload:
     """Of the grid, where none was stored."""
 
     timed: bool = True
+    like: str | None = None
+    """Workload whose points of the grid are taken."""
 
     @property
     def sides(self) -> tuple[str, str]:
@@ -46,25 +49,34 @@ class Workload:
 RAGGED = {"adapted_layers": 8, "prompt": (4, 64), "completion": (8, 64)}
 GEMMA = {"adapted_layers": 6, "nf4": True, "dtype": "bfloat16"}
 FEW_ROWS = {"micro_batch": 4}
-# A model with adapters may be passed as TRL 1.12's critic, and trains. No argument of it says so.
-CRITIC_TOO = {"critic_lora": True}
 
-WORKLOADS = {
+AGAINST_TRL = {
     "W1": Workload("full fine-tuning", "trl112", 1.2, 0.8),
     "W2": Workload("LoRA r=16 on all 8 layers", "trl112", 2.0, 0.5, {"adapted_layers": 8}),
     "W3": Workload("LoRA r=16 on the top 2 of 8 layers", "trl112", 5.0, 0.4, {"adapted_layers": 2}),
+}
+
+
+def variant(name: str, what: str, **changes: Any) -> Workload:
+    """The same work done in another way, without a goal. For W2c and W3c a model with adapters is passed as TRL 1.12's
+    critic, and trains; no argument of it says so."""
+    base = AGAINST_TRL[name]
+    return replace(base, what=f"as {name}, {what}", time_goal=None, memory_goal=None, like=name, **changes)
+
+
+WORKLOADS = {
+    **AGAINST_TRL,
     "W4": Workload(
         "as W2, prompts 4-64, completions 8-64 tokens", "padded", 2.0, None, RAGGED, peer_run={"options": PADDED}
     ),
     "W5": Workload(
         "Gemma 3 270M, NF4, LoRA on the top 6 layers", "generation", None, 1.3, GEMMA, point=FEW_ROWS, timed=False
     ),
-    "W2c": Workload(
-        "as W2, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 8}, peer_run=CRITIC_TOO
-    ),
-    "W3c": Workload(
-        "as W3, the peer's critic with LoRA too", "trl112", None, None, {"adapted_layers": 2}, peer_run=CRITIC_TOO
-    ),
+    "W2c": variant("W2", "the peer's critic with LoRA too", peer_run={"critic_lora": True}),
+    "W3c": variant("W3", "the peer's critic with LoRA too", peer_run={"critic_lora": True}),
+    "W1e": variant("W1", "our critic in the first of four epochs", ours={"critic_epochs": 1}),
+    "W3e": variant("W3", "our critic in the first of four epochs", ours={"critic_epochs": 1}),
+    "W3s": variant("W3", "our critic a head on the reward adapter", ours={"critic": "shared"}),
 }
 
 
@@ -79,21 +91,19 @@ def settings(
     """
     workload = WORKLOADS[name]
     own = {"options": {**OURS, **workload.ours}} if side == "ours" else workload.peer_run
-    point = grid.get(name, {}).get(side, {"threads": 1, "micro_batch": 16, "rollout_batch": 32, **workload.point})
+    points = grid.get(workload.like or name, {})
+    point = points.get(side, {"threads": 1, "micro_batch": 16, "rollout_batch": 32, **workload.point})
     fixed = {"workload": name, "side": side, "seed": seed, "iterations": iterations}
     return {**fixed, **workload.run, **own, **point, **({"model": model} if workload.run.get("nf4") else {})}
 
 
-def first_points() -> list[dict[str, Any]]:
-    return [
-        {"threads": threads, "micro_batch": rows, "rollout_batch": 32}
-        for threads in GRID["threads"]
-        for rows in GRID["micro_batch"]
-    ]
-
-
-def second_points(side: str, best: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{**best, "rollout_batch": rows} for rows in (8, 16)] if side == "trl112" else []
+def next_points(side: str, best: dict[str, Any] | None, tried: int) -> list[dict[str, Any]]:
+    """What to try after `tried` points, of which `best` was the fastest; nothing at the end."""
+    if best is None:
+        return [{"threads": threads, "micro_batch": 16, "rollout_batch": 32} for threads in GRID["threads"]]
+    if tried == 2:
+        return [{**best, "micro_batch": rows} for rows in GRID["micro_batch"] if rows != 16]
+    return [{**best, "rollout_batch": rows} for rows in (8, 16)] if side == "trl112" and tried == 4 else []
 
 
 def described() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from speed_meter import ForcedLengths  # noqa: E402
 from speed_process import check_same_work  # noqa: E402
 from speed_report import summary  # noqa: E402
 from speed_statistics import line, median_interval  # noqa: E402
-from speed_workloads import WORKLOADS, second_points, settings  # noqa: E402
+from speed_workloads import WORKLOADS, next_points, settings  # noqa: E402
 from speed_world import EOS, FIRST_LENGTH, MARK, PAD, Run, prompts_of, tokenizer_of  # noqa: E402
 
 
@@ -56,11 +56,21 @@ def test_fields_of_ours_reach_ours_alone(monkeypatch):
     point = {"threads": 2, "micro_batch": 8, "rollout_batch": 16}
     run = Run(**settings("W3", "trl112", 1, {"W3": {"trl112": point}}))
     assert (run.threads, run.micro_batch, run.rollout_batch, run.adapted_layers) == (2, 8, 16, 2)
-    assert [p["rollout_batch"] for p in second_points("trl112", point)] == [8, 16] and not second_points("ours", point)
+    assert settings("W3c", "trl112", 1, {"W3": {"trl112": point}})["threads"] == 2, "variants take its point"
+    assert settings("W1e", "ours", 1, {})["options"] == {"everywhere": 1, "critic_epochs": 1}
     for name, workload in WORKLOADS.items():
         runs = [Run(**settings(name, side, 1, {}, model="folder")) for side in workload.sides]
         same = ("prompt", "completion", "episodes", "epochs", "adapted_layers", "seed", "model", "nf4", "dtype")
         assert all(getattr(runs[0], field) == getattr(runs[1], field) for field in same), name
+
+
+def test_the_grid_is_walked_one_setting_after_the_other():
+    first = next_points("ours", None, 0)
+    assert [(p["threads"], p["micro_batch"]) for p in first] == [(1, 16), (2, 16)]
+    assert [p["micro_batch"] for p in next_points("ours", first[1], 2)] == [8, 32]
+    assert not next_points("ours", first[1], 4)
+    assert [p["rollout_batch"] for p in next_points("trl112", first[1], 4)] == [8, 16]
+    assert not next_points("trl112", first[1], 6)
 
 
 def test_another_amount_of_work_gives_no_ratio():

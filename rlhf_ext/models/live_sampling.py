@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .growing_cache import GrowingLayer, grow_ahead
 from .positions import positions_from_mask
 from .roles import base_of
 
@@ -74,6 +75,7 @@ def sample_live_rows(
         mask = torch.ones_like(input_ids)
     if cache is None:
         cache = model_kwargs.get("cache")
+    grow_ahead(cache)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     texts: list[torch.Tensor | None] = [None] * len(rows)
@@ -112,7 +114,8 @@ def sample_live_rows(
 
 def _can_be_cut(cache: Any) -> bool:
     # Others keep more than keys and values: states of convolutions and recurrences.
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None]))
+    kinds = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in kinds for layer in getattr(cache, "layers", [None]))
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
