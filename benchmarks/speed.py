@@ -10,7 +10,8 @@ python benchmarks/speed.py --output_dir runs/speed --workload W5 --model google/
 One line per workload, `W3 time 5.2x [4.9, 5.6] memory 0.38x`: median over pairs of the peer's seconds over ours, an
 interval that holds the median, and our peak over the peer's. The programs alternate, ours first in every other pair;
 each is a process of its own. An iteration is rollout, scoring and four epochs of one optimizer step; the first one is
-warm-up, and a process gives the median of the rest. Memory is the highest resident memory while the models are built
+warm-up, and a process gives the median of the rest. A second call with the same folder goes on where the first one
+stopped. Memory is the highest resident memory while the models are built
 and trained for one iteration, above what the process held after its imports and a tiny run; same method, same
 allocator settings on both sides, in processes of their own (see `speed_process.py`).
 
@@ -26,10 +27,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from speed_process import check_same_work, measure, pythons, warn_unless_quiet
+from speed_process import check_same_work, commit_of_head, measure, pythons, warn_unless_quiet
 from speed_report import grid_result, result, summary
 from speed_statistics import line
-from speed_workloads import WORKLOADS, next_points, settings
+from speed_workloads import WORKLOADS, chosen, next_points, settings
 
 
 GRID = Path(__file__).with_name("results") / "speed_grid.json"
@@ -62,6 +63,7 @@ def main() -> int:
     found = {name: pair_up(name, args, places, stored.get("best", {})) for name in names}
     if args.result:
         command = f"python benchmarks/speed.py --output_dir runs/speed --pairs {args.pairs}"
+        command += f" --iterations {args.iterations}" if args.iterations != 2 else ""
         command += f" --workload {' '.join(args.workload)}" if args.workload else ""
         command += " --model MODEL" if args.model else ""
         args.result.write_text(json.dumps(result(found, command, places), indent=1) + "\n")
@@ -69,13 +71,24 @@ def main() -> int:
 
 
 def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: dict[str, Any]) -> dict[str, Any]:
-    """All processes of one workload; the JSON is written after each pair, the line is printed at the end."""
-    workload = WORKLOADS[name]
-    found: dict[str, Any] = {"time": {side: [] for side in workload.sides}}
-    found["memory"] = {side: [] for side in workload.sides}
+    """All processes of one workload; the JSON is written after each pair, the line is printed at the end.
+
+    Raises:
+        ValueError: the file of an earlier call has other settings.
+    """
+    workload, path = WORKLOADS[name], args.output_dir / f"{name}.json"
+    found: dict[str, Any] = {kind: {side: [] for side in workload.sides} for kind in ("time", "memory")}
     found["settings"] = {side: settings(name, side, args.iterations, grid, args.model) for side in workload.sides}
-    plan = [("memory", 0)] * args.memory_pairs + [("time", args.iterations)] * (args.pairs if workload.timed else 0)
-    for number, (kind, iterations) in enumerate(plan):
+    found["commit"] = commit_of_head()
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != found["settings"]:
+            raise ValueError(f"{path} has other settings. Move it away, or choose another --output_dir.")
+        found = earlier
+    pairs = {"memory": args.memory_pairs, "time": args.pairs if workload.timed else 0}
+    plan = [(kind, n) for kind in pairs for n in range(pairs[kind]) if n >= len(found[kind][workload.peer])]
+    for kind, number in plan:
+        iterations = args.iterations if kind == "time" else 0
         order = workload.sides if number % 2 == 0 else workload.sides[::-1]
         for side in order:
             run = settings(name, side, iterations, grid, args.model)
@@ -83,8 +96,8 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
         ours, theirs = (found[kind][side][-1] for side in workload.sides)
         check_same_work({**found["settings"]["ours"], "iterations": iterations}, ours, theirs, workload.peer)
         found |= summary(found, workload.sides)
-        (args.output_dir / f"{name}.json").write_text(json.dumps(found, indent=1))
-    trained = [found[kind][side][0]["trained"] for side in workload.sides]
+        path.write_text(json.dumps(found, indent=1))
+    trained = [found["memory"][side][0]["trained"] for side in workload.sides]
     print(f"{line(name, found['time_ratios'], found['memory_ratios'])}   trained {trained[0]:,} and {trained[1]:,}")
     return found
 
@@ -104,7 +117,7 @@ def search(args: argparse.Namespace, names: list[str], places: dict[str, Path], 
             while points := next_points(side, min(tried, key=lambda pair: pair[0])[1] if tried else None, len(tried)):
                 for point in points:
                     attempt(point)
-            best.setdefault(name, {})[side] = min(tried, key=lambda pair: pair[0])[1]
+            best.setdefault(name, {})[side] = chosen(tried)
             seconds.setdefault(name, {})[side] = [{**point, "seconds": taken} for taken, point in tried]
             args.grid_file.write_text(json.dumps(grid_result(best, seconds), indent=1) + "\n")
     return 0

@@ -49,7 +49,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     return {
         "title": "One PPO iteration: time and memory",
         "command": command,
-        "commit": commit_of_head(),
+        "commit": ", ".join(sorted({numbers["commit"] for numbers in found.values()})),
         "seed": 0,
         "columns": [*columns, "ours, MiB", "peer, MiB", "ours / peer", "goal of memory", "memory reached"],
         "rows": rows,

@@ -16,7 +16,7 @@ from speed_meter import ForcedLengths  # noqa: E402
 from speed_process import check_same_work  # noqa: E402
 from speed_report import summary  # noqa: E402
 from speed_statistics import line, median_interval  # noqa: E402
-from speed_workloads import WORKLOADS, next_points, settings  # noqa: E402
+from speed_workloads import WORKLOADS, chosen, next_points, settings  # noqa: E402
 from speed_world import EOS, FIRST_LENGTH, MARK, PAD, Run, prompts_of, tokenizer_of  # noqa: E402
 
 
@@ -71,6 +71,12 @@ def test_the_grid_is_walked_one_setting_after_the_other():
     assert not next_points("ours", first[1], 4)
     assert [p["rollout_batch"] for p in next_points("trl112", first[1], 4)] == [8, 16]
     assert not next_points("trl112", first[1], 6)
+
+
+def test_of_equally_fast_points_the_one_with_less_memory_is_chosen():
+    tried = [(seconds, {"micro_batch": rows}) for seconds, rows in [(10.0, 32), (10.4, 16), (10.6, 8), (10.2, 16)]]
+    assert chosen(tried) is tried[3][1]
+    assert chosen(tried[:1]) is tried[0][1]
 
 
 def test_another_amount_of_work_gives_no_ratio():

@@ -1,4 +1,4 @@
-"""What PPO's roles share is computed once: the frozen lower layers of the base, per rollout; and no padding."""
+"""What PPO's roles share is computed once: the frozen layers of the base, per rollout; no padding; fused adapters."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..models.dense_rows import compute_dense_rows
+from ..models.fused_lora import fuse_lora_updates
 from ..models.roles import CRITIC, base_of
 from ..models.trunk_cache import DEFAULT_GIB, TrunkCache, num_frozen_layers
 
@@ -28,17 +29,20 @@ class TrunkMixin:
     trunk: TrunkCache | None = None
 
     def _save_passes(self) -> None:
-        """Set up both; the roles are complete, and train what they will train."""
+        """Set up all of it; the roles are complete, and train what they will train."""
         base = self.roles.base
         if self.args.skip_padding:
             critic = getattr(base, CRITIC, None)
             for model in [base] if critic is None else [base, base_of(critic)]:
                 compute_dense_rows(model.base_model)
+        in_pieces = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not in_pieces:
+            fuse_lora_updates(self.roles.model)
         asked = self.args.trunk_cache_gib
         if asked == 0:
             return
         layers, reason = num_frozen_layers(base), None
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if in_pieces:
             reason = "weights may be in pieces"
         elif layers == 0:
             reason = "the lowest layer trains or carries an adapter (`layers_to_transform`), or is not found"

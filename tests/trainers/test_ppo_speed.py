@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import FalconConfig, FalconForCausalLM
 
 from rlhf_ext.functional.batching import split_by_length
@@ -77,6 +78,20 @@ def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapte
         torch.testing.assert_close(replayed[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
     for one, other in zip(found.state.log_history, plain.state.log_history, strict=True):
         for key in ("loss", "kl", "policy/ratio", "value_loss", "scores/mean", "grad_norm"):
+            if key in other:
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+def test_training_with_fused_adapters_is_training(tmp_path, monkeypatch, reward_adapters):
+    fused, found = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0)
+    layers = [module for module in fused.model.modules() if isinstance(module, LoraLinear)]
+    assert layers and all("forward" in vars(layer) for layer in layers), "adapters of every role"
+    monkeypatch.setattr(ppo_trunk, "fuse_lora_updates", lambda model: 0)
+    stock, expected = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for one, other in zip(fused.state.log_history, stock.state.log_history, strict=True):
+        for key in ("loss", "kl", "value_loss", "grad_norm"):
             if key in other:
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 

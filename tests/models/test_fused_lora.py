@@ -1,0 +1,169 @@
+"""LoRA layers with a fused update: PEFT's outputs and gradients, and PEFT's own forward wherever it is not covered."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_ext.models import fused_lora
+from rlhf_ext.models.fused_lora import fuse_lora_updates
+from tests.tiny import tiny_causal_lm, tiny_tokenizer
+
+
+class Layers(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 10, bias=bias), nn.Linear(10, 4, bias=bias)
+
+    def forward(self, x):
+        return self.two(self.one(x).tanh())
+
+
+def pair(bias=False, dtype=torch.float64, adapters=("default",), **kwargs):
+    """A model with adapters that say something, and its fused copy."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["one", "two"], init_lora_weights=False, **kwargs)
+    model = get_peft_model(Layers(bias), config)
+    for name in adapters[1:]:
+        model.add_adapter(name, config)
+    model = model.to(dtype)
+    other = copy.deepcopy(model)
+    assert fuse_lora_updates(other) == 2
+    return model, other
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """How often the fused form ran."""
+    calls, apply = [], fused_lora._Update.apply
+    monkeypatch.setattr(fused_lora._Update, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+def outcome(model, x, autocast=False, recompute=False):
+    """Output, and the gradients of the input and of what trains."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+    (y.double() * torch.arange(y.numel()).view(y.shape).double().sin()).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def assert_alike(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        error = (found[name].double() - value.double()).abs().max() / value.abs().max()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_outputs_and_gradients_are_those_of_peft(fused, bias, shape, recompute):
+    model, other = pair(bias)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_alike(outcome(other, x, recompute=recompute), outcome(model, x, recompute=recompute), 1e-13)
+    assert len(fused) == 2 * (1 + recompute)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    _, other = pair(bias=True)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    trained = [p for p in other.parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(lambda x, *_: other(x), (x, *trained))
+
+
+def test_under_autocast_it_computes_in_bf16(fused):
+    model, other = pair(dtype=torch.float32)
+    x = torch.randn(64, 6)
+    found, expected = outcome(other, x, autocast=True), outcome(model, x, autocast=True)
+    assert found["y"].dtype == torch.bfloat16 and len(fused) == 2
+    assert_alike(found, expected, 2e-2)
+    assert_alike(found, outcome(model, x) | {"y": outcome(model, x)["y"].bfloat16()}, 4e-2)
+
+
+def test_each_adapter_is_heard(fused):
+    model, other = pair(adapters=("default", "critic"))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    said = []
+    for name in ("default", "critic"):
+        for m in (model, other):
+            m.set_adapter(name)
+        said.append(outcome(other, x))
+        assert_alike(said[-1], outcome(model, x), 1e-13)
+    assert not torch.allclose(said[0]["y"], said[1]["y"])
+
+
+def both_active(model):
+    model.base_model.set_adapter(["default", "critic"])
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+def base_trains(model):
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            parameter.requires_grad_()
+
+
+def hooked(model):
+    for module in model.modules():
+        if type(module) is nn.Linear and module.in_features > 3 and module.out_features > 3:
+            module.register_forward_hook(lambda m, args, y: 2 * y)
+
+
+@pytest.mark.parametrize("change", [both_active, disabled, merged, base_trains, hooked])
+def test_what_is_not_covered_is_left_to_peft(fused, change):
+    model, other = pair(adapters=("default", "critic"))
+    for m in (model, other):
+        change(m)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert_alike(outcome(other, x), outcome(model, x), 1e-13)
+    assert not fused
+
+
+@pytest.mark.parametrize("kwargs", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
+def test_other_kinds_of_lora_are_left_to_peft(fused, kwargs):
+    model, other = pair(bias=True, **kwargs)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    said = []
+    for m in (model, other):
+        torch.manual_seed(1)
+        said.append(outcome(m, x))
+    assert_alike(said[1], said[0], 1e-13)
+    assert not fused
+
+
+def test_mixed_dtypes_without_autocast_are_left_to_peft(fused):
+    model, other = pair(dtype=torch.float32)
+    for m in (model, other):
+        for name, parameter in m.named_parameters():
+            if "base_layer" in name:
+                parameter.data = parameter.data.bfloat16()
+    x = torch.randn(5, 6).bfloat16()
+    assert_alike(outcome(other, x), outcome(model, x), 1e-6)
+    assert not fused
+
+
+@pytest.mark.parametrize(("kind", "number"), [("llama", 14), ("gpt2", 0)])
+def test_a_language_model_says_the_same(kind, number):
+    """GPT-2's layers are no `nn.Linear`: they stay."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny_causal_lm(kind, tiny_tokenizer()), config).eval()
+    ids = torch.randint(2, 20, (3, 9))
+    expected = model(input_ids=ids).logits
+    assert fuse_lora_updates(model) == number
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
