@@ -144,7 +144,8 @@ def result(measured: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     )
     return {
         "title": "One PPO iteration on W1 and the floor of its matrix products, seconds",
-        "command": f"python benchmarks/roofline.py --output_dir {arguments.output_dir}",
+        "command": "python benchmarks/roofline.py --output_dir runs/roofline"
+        f" --threads {measured['threads']} --iterations {arguments.iterations} --micro_batch {arguments.micro_batch}",
         "commit": measured["commit"],
         "seed": 0,
         "columns": ["phase", "GFLOP", "floor", "floor at best rate", "ours, median [least, most]", "over the floor"],

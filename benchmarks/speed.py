@@ -82,7 +82,7 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
     found["commit"] = commit_of_head()
     if path.exists():
         earlier = json.loads(path.read_text())
-        if earlier["settings"] != found["settings"]:
+        if earlier["settings"] != json.loads(json.dumps(found["settings"])):  # pairs of numbers come back as lists
             raise ValueError(f"{path} has other settings. Move it away, or choose another --output_dir.")
         found = earlier
     pairs = {"memory": args.memory_pairs, "time": args.pairs if workload.timed else 0}

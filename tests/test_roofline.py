@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_ext.models.fused_lora import fuse_lora_updates
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import floors  # noqa: E402
 import growth  # noqa: E402
 import learning  # noqa: E402
-from matmul_work import Product, Rates, Work, flops, phases  # noqa: E402
+from matmul_work import Product, Rates, Work, flops, phases, trunk  # noqa: E402
 from phase_timer import ROLLOUT_REST, PhaseTimer, logps_phase  # noqa: E402
 from ppo_shape import W1, make_policy  # noqa: E402
 
@@ -28,12 +32,17 @@ def linear_flops(work: Work) -> int:
     return flops(Work({product: count for product, count in work.items() if product.kind != "attention"}))
 
 
+def in_place(into: torch.Size, left: torch.Size, right: torch.Size, **kwargs) -> int:
+    """The counter does not know `addmm_`."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def counted(run) -> int:
     """FLOP of the matrix products that torch sees, attention's own left out."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         run()
     found = counter.get_flop_counts()["Global"]
-    return sum(n for op, n in found.items() if str(op).split(".")[-1] in ("mm", "addmm"))
+    return sum(n for op, n in found.items() if str(op).split(".")[-1] in ("mm", "addmm", "addmm_"))
 
 
 def test_the_counted_work_is_what_torch_multiplies():
@@ -57,6 +66,27 @@ def test_the_counted_work_is_what_torch_multiplies():
     step = counted(lambda: logps().backward())
     policy = phases(replace(SMALL, roles=1))
     assert SMALL.epochs * (step - forward) == linear_flops(policy["backward"])
+
+
+@pytest.mark.parametrize("adapted", [1, 2])
+def test_the_counted_work_of_adapters_is_what_torch_multiplies(adapted):
+    config = LoraConfig(
+        r=floors.RANK,
+        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
+        layers_to_transform=list(range(SMALL.layers - adapted, SMALL.layers)),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(make_policy(SMALL), config)
+    fuse_lora_updates(model)
+    ids = torch.randint(3, SMALL.vocabulary, (SMALL.micro_batch, SMALL.length))
+    kept = []
+    forward = counted(lambda: kept.append(model.get_base_model().model(ids, use_cache=False).last_hidden_state))
+    backward = counted(lambda: kept[0].sum().backward())
+    above = replace(SMALL, layers=adapted)
+    tokens = SMALL.micro_batch * SMALL.length
+    whole = trunk(SMALL, SMALL.micro_batch, SMALL.length) + floors.updates(above, tokens)
+    assert forward == linear_flops(whole)
+    assert backward == linear_flops(floors.adapted_backward(above, SMALL.micro_batch))
 
 
 def test_attention_counts_each_query_with_the_keys_that_it_sees():
