@@ -100,6 +100,19 @@ def test_each_adapter_is_heard(fused):
     assert not torch.allclose(said[0]["y"], said[1]["y"])
 
 
+def test_a_copy_is_a_model_of_its_own(fused):
+    _, other = pair()
+    again = copy.deepcopy(other)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    before = outcome(other, x)["y"]
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.mul_(2 if "lora_B" in name else 1)
+    assert torch.equal(outcome(other, x)["y"], before)
+    assert not torch.allclose(outcome(again, x)["y"], before)
+    assert len(fused) == 6
+
+
 def both_active(model):
     model.base_model.set_adapter(["default", "critic"])
 
