@@ -5,8 +5,8 @@ How fast W1 to W3 of `speed.py` could be at all: their matrix products at this m
 
 Products are counted as in `roofline.py`, each shape at its own measured rate, on as many threads as ours had. With
 adapters: frozen layers below once per rollout, the head in the forward pass and for the gradient of its inputs, of a
-frozen layer no gradient of its weight. "At most" is the peer's time over our floor: no program of this algorithm in
-fp32 could be that much faster than the peer.
+frozen layer no gradient of its weight. "At most" is the peer's time over our floor: how much faster than the peer our
+passes could be in fp32. A few of them could still be saved (docs/performance.md), so it is no bound of the algorithm.
 """
 
 import argparse

@@ -145,7 +145,8 @@ def result(measured: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     return {
         "title": "One PPO iteration on W1 and the floor of its matrix products, seconds",
         "command": "python benchmarks/roofline.py --output_dir runs/roofline"
-        f" --threads {measured['threads']} --iterations {arguments.iterations} --micro_batch {arguments.micro_batch}",
+        f" --threads {measured['threads']} --iterations {arguments.iterations} --micro_batch {arguments.micro_batch}"
+        f"{' --clock cpu' if measured['clock'] == 'cpu' else ''}{' --tiny' if arguments.tiny else ''}",
         "commit": measured["commit"],
         "seed": 0,
         "columns": ["phase", "GFLOP", "floor", "floor at best rate", "ours, median [least, most]", "over the floor"],

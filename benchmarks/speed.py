@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from speed_process import check_same_work, commit_of_head, measure, pythons, warn_unless_quiet
+from speed_process import check_same_work, measure, pythons, warn_unless_quiet
 from speed_report import grid_result, result, summary
 from speed_statistics import line
 from speed_workloads import WORKLOADS, chosen, next_points, settings
@@ -79,7 +79,6 @@ def pair_up(name: str, args: argparse.Namespace, places: dict[str, Path], grid: 
     workload, path = WORKLOADS[name], args.output_dir / f"{name}.json"
     found: dict[str, Any] = {kind: {side: [] for side in workload.sides} for kind in ("time", "memory")}
     found["settings"] = {side: settings(name, side, args.iterations, grid, args.model) for side in workload.sides}
-    found["commit"] = commit_of_head()
     if path.exists():
         earlier = json.loads(path.read_text())
         if earlier["settings"] != json.loads(json.dumps(found["settings"])):  # pairs of numbers come back as lists

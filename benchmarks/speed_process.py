@@ -53,7 +53,7 @@ def measure(run: dict[str, Any], python: Path, *, returning: bool) -> dict[str, 
                 f"{run['workload']} {run['side']} ended with {process.returncode}:\n"
                 f"{process.stdout[-2000:]}{process.stderr[-6000:]}"
             )
-        return {**json.loads(output.read_text()), "load_before": load}
+        return {**json.loads(output.read_text()), "load_before": load, "commit": commit_of_head()}
 
 
 def check_same_work(run: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], peer: str) -> None:

@@ -49,7 +49,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     return {
         "title": "One PPO iteration: time and memory",
         "command": command,
-        "commit": ", ".join(sorted({numbers["commit"] for numbers in found.values()})),
+        "commit": ", ".join(sorted({run["commit"] for numbers in found.values() for run in _runs(numbers)})),
         "seed": 0,
         "columns": [*columns, "ours, MiB", "peer, MiB", "ours / peer", "goal of memory", "memory reached"],
         "rows": rows,
@@ -59,6 +59,10 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
         "versions": {side: versions(places[side]) for side in ("ours", "trl112")},
         "machine": machine(),
     }
+
+
+def _runs(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for kind in ("time", "memory") for side in numbers[kind].values() for run in side]
 
 
 def _row(name: str, numbers: dict[str, Any]) -> list[Any]:
@@ -86,13 +90,24 @@ def grid_result(best: dict[str, Any], seconds: dict[str, Any]) -> dict[str, Any]
         for side, tried in sides.items():
             point = [best[name][side][key] for key in ("threads", "micro_batch", "rollout_batch")]
             taken = [row["seconds"] for row in tried]
-            rows.append([name, side, *point, round(min(taken), 2), round(max(taken), 2), len(tried)])
+            of_point = next(row["seconds"] for row in tried if best[name][side].items() <= row.items())
+            rows.append([name, side, *point, *(round(s, 2) for s in (of_point, min(taken), max(taken))), len(tried)])
     return {
         "title": "The fastest setting of each side",
         "command": "python benchmarks/speed.py --grid --output_dir runs/speed",
         "commit": commit_of_head(),
         "seed": 0,
-        "columns": ["", "side", "threads", "micro-batch", "rollout batch", "s", "slowest, s", "settings tried"],
+        "columns": [
+            "",
+            "side",
+            "threads",
+            "micro-batch",
+            "rollout batch",
+            "s",
+            "fastest, s",
+            "slowest, s",
+            "settings tried",
+        ],
         "rows": rows,
         "notes": ["One iteration after one of warm-up, fp32. " + " ".join(GRID_NOTE.split())],
         "best": best,

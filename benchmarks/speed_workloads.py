@@ -16,8 +16,8 @@ PADDED: dict[str, Any] = {"skip_padding": False}
 GRID = {"threads": (1, 2), "micro_batch": (8, 16, 32)}
 GRID_NOTE = """Both sides, one after the other: threads 1 and 2 with micro-batches of 16 rows, the faster one with 8
 and 32, and the fastest of these with TRL 1.12's `local_rollout_forward_batch_size` of 8 and 16 instead of 32. Ours has
-no such field: it generates the rollout at once and scores in micro-batches. Points within 5% of the fastest count as
-equal, which is how well a run repeats, and of these the one with the smallest micro-batch is taken. float32
+no such field: it generates the rollout at once and scores in micro-batches. One run a point. Points within 5% of the
+fastest count as equal, and of these the one with the smallest micro-batch is taken. float32
 throughout. Variants take the points of their workload."""
 
 

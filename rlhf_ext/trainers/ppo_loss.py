@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..functional import policy_gradient_loss, value_loss
 from ..functional.statistics import ratio_statistics
@@ -23,7 +24,7 @@ class LossMixin:
         if self.critic == "none":
             return loss
         if self.model.training and self._critic_rests(self._step):
-            if self.accelerator.num_processes == 1:
+            if not isinstance(model, DistributedDataParallel):
                 return loss
             # DDP waits for every gradient; these are dropped before the step.
             critic = [p for name, p in self.model.named_parameters() if is_critic(name) and p.requires_grad]

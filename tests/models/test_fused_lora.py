@@ -100,6 +100,53 @@ def test_each_adapter_is_heard(fused):
     assert not torch.allclose(said[0]["y"], said[1]["y"])
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 5, 6)])
+def test_no_tokens_are_no_error(fused, shape):
+    model, other = pair()
+    x = torch.randn(shape, dtype=torch.float64)
+    assert other(x).shape == model(x).shape
+    other(x).sum().backward()
+    assert len(fused) == 4
+
+
+def test_dropout_that_was_switched_off_is_none(fused):
+    model, other = pair(lora_dropout=0.5)
+    for m in (model, other):
+        for module in m.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert_alike(outcome(other, x), outcome(model, x), 1e-13)
+    assert len(fused) == 2
+
+
+def test_an_output_may_be_changed_in_place(fused):
+    """As OLMo clips its queries."""
+    model, other = pair()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    said = []
+    for m in (model, other):
+        first = m.base_model.model.one
+        m.zero_grad()
+        first(x).clamp_(-0.5, 0.5).square().sum().backward()
+        said.append(first.lora_A["default"].weight.grad.clone())
+    torch.testing.assert_close(said[1], said[0], rtol=1e-12, atol=0)
+    assert len(fused) == 1
+
+
+def test_gradients_of_gradients_raise():
+    _, other = pair()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(other(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_layers_are_fused_once_and_others_forwards_stay():
+    _, other = pair()
+    assert fuse_lora_updates(other) == 0
+
+
 def test_a_copy_is_a_model_of_its_own(fused):
     _, other = pair()
     again = copy.deepcopy(other)
@@ -137,7 +184,21 @@ def hooked(model):
             module.register_forward_hook(lambda m, args, y: 2 * y)
 
 
-@pytest.mark.parametrize("change", [both_active, disabled, merged, base_trains, hooked])
+def adapter_hooked(model):
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features == 3:
+            module.register_forward_hook(lambda m, args, y: 2 * y)
+
+
+def backward_hooked(model):
+    for module in model.modules():
+        if type(module) is nn.Linear and 3 not in (module.in_features, module.out_features):
+            module.register_full_backward_hook(lambda m, grads, _: tuple(2 * grad for grad in grads))
+
+
+@pytest.mark.parametrize(
+    "change", [both_active, disabled, merged, base_trains, hooked, adapter_hooked, backward_hooked]
+)
 def test_what_is_not_covered_is_left_to_peft(fused, change):
     model, other = pair(adapters=("default", "critic"))
     for m in (model, other):
@@ -171,7 +232,7 @@ def test_mixed_dtypes_without_autocast_are_left_to_peft(fused):
 
 
 @pytest.mark.parametrize(("kind", "number"), [("llama", 14), ("gpt2", 0)])
-def test_a_language_model_says_the_same(kind, number):
+def test_a_language_model_says_the_same(fused, kind, number):
     """GPT-2's layers are no `nn.Linear`: they stay."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -180,3 +241,4 @@ def test_a_language_model_says_the_same(kind, number):
     expected = model(input_ids=ids).logits
     assert fuse_lora_updates(model) == number
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+    assert len(fused) == number

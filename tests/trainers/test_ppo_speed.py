@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import FalconConfig, FalconForCausalLM
 
 from rlhf_ext.functional.batching import split_by_length
+from rlhf_ext.models import fused_lora
 from rlhf_ext.trainers import ppo_trunk
 from rlhf_ext.trainers.ppo_batches import balance
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -82,12 +83,20 @@ def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapte
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
-def test_training_with_fused_adapters_is_training(tmp_path, monkeypatch, reward_adapters):
-    fused, found = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_with_fused_adapters_is_training(tmp_path, monkeypatch, reward_adapters, checkpointing):
+    calls, apply = [], fused_lora._Update.apply
+    monkeypatch.setattr(fused_lora._Update, "apply", lambda *args: calls.append(1) or apply(*args))
+    fused, found = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0, gradient_checkpointing=checkpointing)
     layers = [module for module in fused.model.modules() if isinstance(module, LoraLinear)]
     assert layers and all("forward" in vars(layer) for layer in layers), "adapters of every role"
+    assert calls
     monkeypatch.setattr(ppo_trunk, "fuse_lora_updates", lambda model: 0)
-    stock, expected = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0)
+    calls.clear()
+    stock, expected = trained(
+        tmp_path, "llama", reward_adapters, trunk_cache_gib=0, gradient_checkpointing=checkpointing
+    )
+    assert not calls
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
     for one, other in zip(fused.state.log_history, stock.state.log_history, strict=True):
