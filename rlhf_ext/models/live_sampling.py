@@ -75,7 +75,7 @@ def sample_live_rows(
         mask = torch.ones_like(input_ids)
     if cache is None:
         cache = model_kwargs.get("cache")
-    grow_ahead(cache, generation_config.max_length)
+    grow_ahead(cache, generation_config.max_length - 1)  # the last token is never read
     rows = torch.arange(len(input_ids), device=input_ids.device)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     texts: list[torch.Tensor | None] = [None] * len(rows)
