@@ -62,7 +62,10 @@ class _Backbone(nn.Module):
 
 
 def critic_of(policy: PreTrainedModel) -> PreTrainedModel:
-    """The policy's trunk with a head of zeros: the critic that the other arms start from."""
+    """The policy's trunk with a head of zeros: the critic that the other arms start from.
+
+    As `critic_from_policy` in rlhf_ext/models/critics.py, which needs PEFT, and this environment has none.
+    """
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     critic = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)

@@ -45,6 +45,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     rows = [_row(name, numbers) for name, numbers in found.items()]
     pairs = max((len(numbers["time_ratios"]) for numbers in found.values()), default=0)
     covered = f"The interval covers the median with {median_interval([0.0] * pairs)[3]:.1%}. " if pairs else ""
+    nf4 = ", W5 NF4 and bfloat16" if "W5" in found else ""
     columns = ["workload", "peer", "ours, s", "peer, s", "peer / ours", "goal", "reached"]
     return {
         "title": "One PPO iteration: time and memory",
@@ -53,7 +54,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
         "seed": 0,
         "columns": [*columns, "ours, MiB", "peer, MiB", "ours / peer", "goal of memory", "memory reached"],
         "rows": rows,
-        "notes": [f"Medians of {pairs} pairs of processes. {covered}{machine()['cpu']}, fp32, W5 NF4 and bfloat16."],
+        "notes": [f"Medians of {pairs} pairs of processes. {covered}{machine()['cpu']}, fp32{nf4}."],
         "settings": {name: numbers["settings"] for name, numbers in found.items()},
         "measured": {name: {key: numbers[key] for key in KEPT} for name, numbers in found.items()},
         "versions": {side: versions(places[side]) for side in ("ours", "trl112")},

@@ -11,7 +11,6 @@ Rules (docs/labels.md):
 - A submission may carry a key; the same key again gives back the row it made the first time.
 """
 
-import math
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,22 +29,21 @@ from .records import (
     LabelRefused,
     NewComparison,
     NewLabel,
-    Task,
     check_comparison,
     check_name,
     check_seconds,
 )
 from .schema import comparisons, labels
+from .store_claims import LEASE_SECONDS, StoreClaims, check_lease
 from .store_reading import StoreReading
 
 
 __all__ = ["Candidate", "LabelRefused", "LabelStore", "NewComparison", "NewLabel", "open_store"]
 
-LEASE_SECONDS = 900.0
 _CHUNK = 200  # rows of one transaction: others wait no longer than that takes
 
 
-class LabelStore(StoreReading):
+class LabelStore(StoreClaims, StoreReading):
     """
     Labels in a database: SQLite in a file by default, PostgreSQL by URL for teams.
 
@@ -116,76 +114,6 @@ class LabelStore(StoreReading):
                     queries.count_missing(connection, labelled)
             ids += found
         return ids
-
-    def claim(self, annotator: str, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS) -> Task | None:
-        """
-        The next task of an annotator, or `None` if there is nothing for them to do now: of the newest pool that has
-        any, unless one is named, the oldest comparison.
-
-        A task that they hold already is given again, the one claimed last first, and its lease begins anew: a page
-        that is loaded again shows what it showed.
-        """
-        return next(iter(self.claim_many(annotator, 1, pool=pool, lease_seconds=lease_seconds)), None)
-
-    def claim_many(
-        self, annotator: str, count: int, *, pool: str | None = None, lease_seconds: float = LEASE_SECONDS
-    ) -> list[Task]:
-        """Up to `count` tasks at once, as [`claim`] gives one; those held already are among them."""
-        check_name("annotator", annotator)
-        _check_lease(lease_seconds)
-        if count < 1:
-            raise ValueError(f"`count` is {count}. Ask for at least one task.")
-        # Others' rows are passed over first; waiting for them is only needed before one says that nothing is left.
-        for skip_locked in (True,) if self.database.is_sqlite else (True, False):
-            with self.database.write() as connection:
-                now = self.database.now(connection)
-                ids = list(dict.fromkeys(connection.execute(queries.held(annotator, now, pool)).scalars()))[:count]
-                ids += self._find(connection, annotator, now, pool, count - len(ids), set(ids), skip_locked)
-                if ids:
-                    queries.lease(connection, ids, annotator, now, now + lease_seconds)
-                    return queries.fetch_tasks(connection, ids, annotator, now)
-        return []
-
-    def _find(
-        self,
-        connection: Connection,
-        annotator: str,
-        now: float,
-        pool: str | None,
-        count: int,
-        held: set[int],
-        skip_locked: bool,
-    ) -> list[int]:
-        found: list[int] = []
-        seen = set(held)
-        while len(found) < count:
-            # The newest pool first: a loop waits for its last round, not for what an earlier one left open.
-            newest = pool if pool is not None else queries.newest_pool(connection, annotator, now, seen)
-            if newest is None:
-                break
-            query = queries.claimable(annotator, now, newest)
-            open_query = query.where(comparisons.c.id.not_in(seen)) if seen else query
-            locked = list(
-                connection.execute(
-                    open_query.limit(count - len(found)).with_for_update(of=comparisons, skip_locked=skip_locked)
-                ).scalars()
-            )
-            if not locked:
-                break
-            seen.update(locked)
-            if self.database.is_sqlite:
-                found += locked
-                continue
-            # PostgreSQL chose by what it saw when the statement began; only now, with the row locked, does nobody
-            # lease or label it any more. A second statement sees what was committed in between.
-            found += connection.execute(query.where(comparisons.c.id.in_(locked))).scalars()
-        return found
-
-    def release(self, annotator: str, comparison_id: int) -> bool:
-        """Give a task back before its lease ends; whether the annotator held it."""
-        with self.database.write() as connection:
-            queries.lock(connection, comparison_id)
-            return queries.end_lease(connection, comparison_id, annotator, self.database.now(connection))
 
     def set_overlap(self, overlap: int, *, pool: str | None = None) -> None:
         """Ask for another number of labels per comparison. Labels beyond it stay, and so do leases given already."""
@@ -296,7 +224,7 @@ class LabelStore(StoreReading):
             LabelRefused: `unknown` if it is no label of the annotator (in the pool), `stale` if a correction stands in
                 its place.
         """
-        _check_lease(lease_seconds)
+        check_lease(lease_seconds)
         with self.database.write(exclusive=True) as connection:
             label = _by_id(connection, label_id)
             if label is None or label.annotator != annotator or label.kind == UNDO:
@@ -363,11 +291,6 @@ def _check_chain(last: Label | None, supersedes: int | None, annotator: str, com
         f"`supersedes` is {supersedes}, but the current label of annotator {annotator!r} on comparison "
         f"{comparison_id} is {current}. Look at it again.",
     )
-
-
-def _check_lease(lease_seconds: float) -> None:
-    if not (math.isfinite(lease_seconds) and lease_seconds > 0):
-        raise ValueError(f"`lease_seconds` is {lease_seconds}. Give a positive number of seconds.")
 
 
 def _by_key(connection: Connection, annotator: str, key: str) -> Label | None:

@@ -51,7 +51,7 @@ def _forward(layer: Linear, stock: Any, x: torch.Tensor, *args: Any, **kwargs: A
         dtype = x.dtype
     # Cast outside of the function, so that gradients are cast back by their own nodes.
     cast = [None if t is None else t.to(dtype) for t in tensors]
-    rows = cast[0].reshape(-1, x.shape[-1]) if x.numel() else cast[0].new_empty(x.shape[:-1].numel(), x.shape[-1])
+    rows = cast[0].reshape(x.shape[:-1].numel(), x.shape[-1])  # no -1, which no tokens would leave open
     y = _Update.apply(rows, *cast[1:], layer.scaling[adapter])
     # Here and not in the function, whose outputs must not be views: some families change them in place.
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]

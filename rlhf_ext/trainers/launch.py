@@ -65,6 +65,11 @@ def reset_reentrant(args: TrainingArguments) -> None:
             setattr(args, name, {**getattr(args, name), "use_reentrant": False})
 
 
+def may_cut_weights(trainer: Any) -> bool:
+    """Whether weights or optimizer states may live in pieces, of which only the launcher's own code makes a whole."""
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Prepare a model that only runs forward, the reference, as the parent prepares its own."""
     if accelerator.state.deepspeed_plugin is not None:

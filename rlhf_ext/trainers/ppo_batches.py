@@ -12,6 +12,7 @@ from torch import nn
 
 from ..functional.batching import length_chunks, split_by_length
 from ..models.live_sampling import only_live_rows
+from .launch import may_cut_weights
 
 
 Batch = dict[str, torch.Tensor | None]
@@ -35,9 +36,8 @@ class BatchesMixin:
 
     def _sampling(self) -> AbstractContextManager[None]:
         """A context in which `generate` lets ended rows go, where every process may do so by itself."""
-        in_pieces = self.is_deepspeed_enabled or self.is_fsdp_enabled
         masked = getattr(self, "masks", False)  # NLPO's processor keeps a cache of all rows
-        if not self.args.skip_padding or in_pieces or masked:
+        if not self.args.skip_padding or masked or may_cut_weights(self):
             return nullcontext()
         return only_live_rows(self.roles.model)
 

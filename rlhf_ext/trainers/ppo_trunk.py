@@ -11,6 +11,7 @@ from ..models.dense_rows import compute_dense_rows
 from ..models.fused_lora import fuse_lora_updates
 from ..models.roles import CRITIC, base_of
 from ..models.trunk_cache import DEFAULT_GIB, TrunkCache, num_frozen_layers
+from .launch import may_cut_weights
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ class TrunkMixin:
             critic = getattr(base, CRITIC, None)
             for model in [base] if critic is None else [base, base_of(critic)]:
                 compute_dense_rows(model.base_model)
-        in_pieces = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        in_pieces = may_cut_weights(self)
         if not in_pieces:
             fuse_lora_updates(self.roles.model)
         asked = self.args.trunk_cache_gib

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..functional import entropy_loss, exact_kl, masked_mean
 from ..functional.statistics import ratio_statistics
+from .launch import may_cut_weights
 from .ppo_checkpoint import is_critic
 from .ppo_rollout import before_each_token, token_mask
 
@@ -58,7 +59,7 @@ class UpdateMixin:
                 f"critic_warmup_rollouts={args.critic_warmup_rollouts} with weight_decay={args.weight_decay} would "
                 "decay the policy under DeepSpeed. Set weight_decay to 0, or launch without DeepSpeed."
             )
-        if self._some_epochs_rest and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self._some_epochs_rest and may_cut_weights(self):
             what = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(
                 f"critic_epochs={args.critic_epochs} with num_iterations={args.num_iterations} leaves the critic out "
