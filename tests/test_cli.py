@@ -150,6 +150,7 @@ def test_a_config_that_is_not_there_is_named_before_imports(flags, words, monkey
     [
         (["--num_round", "2"], "", "no flag '--num_round'. Did you mean --num_rounds?"),  # an abbreviation
         (["--nmu_rounds=2"], "", "no flag '--nmu_rounds'. Did you mean --num_rounds?"),
+        (["--cofig", "a.yaml"], "", "no flag '--cofig'. Did you mean --config?"),
         (["--zzz", "2"], "", "no flag '--zzz'. `--help`"),
         (["--config", "a.yaml"], "num_round: 2", "key 'num_round', which no flag has. Did you mean num_rounds?"),
         (["--config", "a.yaml"], "a: [", "`--config` is no YAML"),

@@ -33,7 +33,7 @@ class StrictParser(TrlParser):
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             name = rest[0].split("=")[0]
-            options = [option for option in self._option_string_actions if "-" not in option[2:]]
+            options = ["--config", *(option for option in self._option_string_actions if "-" not in option[2:])]
             raise ValueError(f"There is no flag {name!r}.{did_you_mean(name, options)} `--help` lists the flags.")
         return found, rest
 

@@ -54,7 +54,7 @@ class Database:
         # Threads of one process queue here: SQLite's own waiting is a poll that lets the unlucky starve.
         self._writing = threading.Lock()
         if self.is_sqlite:
-            _check_file(Path(self.url.database), create)
+            _check_file(Path(self.url.database), create, without_passwords(str(location)))
         self.engine = _engine(self.url, self.is_sqlite)
         _forget_in_children(self)
         self._prepare(create)
@@ -132,14 +132,14 @@ def store_url(location: str | Path | URL) -> URL:
     if backend == "sqlite":
         if not url.database or url.database == ":memory:" or url.query:
             raise ValueError(
-                f"`store` is {url}, which is not a file's name alone. Give labels.db, or with three slashes "
+                f"`store` is {str(url)!r}, which is not a file's name alone. Give labels.db, or with three slashes "
                 "sqlite:///labels.db."
             )
         return URL.create("sqlite", database=str(Path(url.database).resolve()))
     if backend in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
     raise ValueError(
-        f"`store` is {url.render_as_string(hide_password=True)}, but a label store is a file (SQLite) or "
+        f"`store` is {url.render_as_string(hide_password=True)!r}, but a label store is a file (SQLite) or "
         "postgresql://user@host/database."
     )
 
@@ -195,16 +195,20 @@ def _set_wal(engine: Engine) -> None:
         )
 
 
-def _check_file(path: Path, create: bool) -> None:
+def _check_file(path: Path, create: bool, given: str) -> None:
     if not path.parent.is_dir():
-        raise ValueError(f"`store` is {path}, but there is no folder {path.parent}. Create it first.")
+        raise ValueError(
+            f"`store` is {given!r}, and there is no folder {path.parent}. Give a file in a folder that exists."
+        )
     if not path.exists():
         if not create:
-            raise ValueError(f"`store` is {path}, and there is no such file. {_HOW_MADE}")
+            raise ValueError(f"`store` is {given!r}, and there is no such file. {_HOW_MADE}")
         return
     head = path.open("rb").read(16) if path.is_file() else b"folder"
     if head and not head.startswith(b"SQLite format 3"):
-        raise ValueError(f"`store` is {path}, which is not an SQLite file. Import such data instead (docs/labels.md).")
+        raise ValueError(
+            f"`store` is {given!r}, which is not an SQLite file. Import such data instead (docs/labels.md)."
+        )
 
 
 def _forget_in_children(database: Database) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..data.arguments import PromptArguments
+from ..data.config_file import with_config
 from ..models.memory import gib
 from ..models.memory_plan import MemoryPlan, plan_memory
 from ..models.memory_shape import RunShape
@@ -89,8 +90,9 @@ def read_arguments(config: str) -> tuple[PromptArguments, PPOConfig, ModelConfig
     """A YAML as `recipes/ppo.py` reads it, and `"cuda"` or `"cpu"`, where it will run.
 
     Raises:
-        ValueError: a key that none of the recipe's classes knows.
+        ValueError: there is no such file, or a key that none of the recipe's classes knows.
     """
+    with_config(["--config", config])
     values = yaml.safe_load(Path(config).read_text())
     # Planned on another machine than it runs on: bf16 without a GPU passes only where the CPU is asked for.
     flags = ["--config", config, "--use_cpu", "true", "--output_dir", "plan", "--report_to", "none"]

@@ -1,25 +1,23 @@
 """The third step of a round: comparisons go into the store, labels come out, from whoever gives them."""
 
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..data.functions import import_function
-from ..data.texts import text_of, without_passwords
+from ..data.texts import text_of
 from ..feedback.agreement import agreement, annotators
 from ..feedback.annotators import Annotator, judged, simulated, work_through
 from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
 from ..feedback.exchange import export_rows, to_pairs
 from ..feedback.judge import AIJudge
 from ..feedback.simulated import SimulatedLabeller
-from ..feedback.store import Candidate, LabelStore, NewComparison
+from ..feedback.store import Candidate, LabelStore, NewComparison, open_store
 from ..functional.pairs import pair_credits
 from ..models.build import load_policy
 from .loop_run import ROWS_FILE, LoopRun, as_completion, write_jsonl
@@ -53,16 +51,7 @@ def check_store(run: LoopRun) -> None:
     """
     if run.args.store is None:
         run.folder.mkdir(parents=True, exist_ok=True)  # where `labels.db` will stand
-    try:
-        with run.open_store() as store:
-            store.progress()
-    except (ValueError, ImportError, OSError, SQLAlchemyError, sqlite3.Error) as error:
-        location = without_passwords(str(run.args.store or run.folder / "labels.db"))
-        why = without_passwords(" ".join(str(error).split())[:400])
-        raise ValueError(
-            f"`store` is {location!r}, which cannot be opened ({type(error).__name__}: {why}). Give a file in a "
-            "folder that exists, or postgresql://user@host/database of a server that runs and lets this user in."
-        ) from error
+    open_store(run.store_location).close()
 
 
 def labelled_rows(store: LabelStore, pool: str) -> list[dict[str, Any]]:

@@ -196,9 +196,13 @@ class LoopRun:
         """Of all sampling, in tokens."""
         return self.ppo.max_completion_length
 
+    @property
+    def store_location(self) -> str | Path:
+        return self.args.store or self.folder / "labels.db"
+
     def open_store(self) -> LabelStore:
         """The label store of the run."""
-        return LabelStore(self.args.store or self.folder / "labels.db")
+        return LabelStore(self.store_location)
 
     def pool(self, round_: int) -> str:
         """Name of a round in the store, which other runs may share."""

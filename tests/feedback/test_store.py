@@ -314,6 +314,12 @@ def test_wrong_arguments_are_named(tmp_path):
     assert store.labels_since() == []
 
 
+def test_a_location_that_is_none_is_said_once():
+    with pytest.raises(ValueError, match="with three slashes") as caught:
+        open_store("sqlite://labels.db")
+    assert str(caught.value).count("`store` is") == 1
+
+
 def test_a_command_hears_one_sentence_from_a_server_that_is_not_there(tmp_path):
     with pytest.raises(
         ValueError, match="^`store` is 'postgres://me:.*/labels', which cannot be opened .*runs"

@@ -124,3 +124,8 @@ def test_the_shapes_of_llama_3():
     assert [eight[key] for key in keys] == [4096, 14336, 32, 32, 8]
     assert [seventy[key] for key in keys] == [8192, 28672, 80, 64, 8]
     assert eight["vocab_size"] == seventy["vocab_size"] == 128256
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="`--config` is '.*missing.yaml', and there is no such file"):
+        environment.read_arguments(str(tmp_path / "missing.yaml"))
