@@ -213,3 +213,31 @@ def perplexity(logps: torch.Tensor, *, num_tokens: int) -> tuple[torch.Tensor, t
     checks.check_scalar("num_tokens", num_tokens, minimum=1)
     nll = -logps.double().sum() / num_tokens
     return nll.exp(), nll
+
+
+@torch.no_grad()
+def pooled_statistic(values: torch.Tensor, weights: torch.Tensor, *, kind: str = "mean") -> torch.Tensor:
+    """One number of a whole from those of its parts: `sum w v / sum w`, or the extreme; 0 where no part counts.
+
+    Args:
+        values (`torch.Tensor` of shape `(N,)`): number of each part; NaN where it has none.
+        weights (`torch.Tensor` of shape `(N,)`): tokens of each part, not negative; parts of weight 0 do not count.
+        kind (`str`, *optional*, defaults to `"mean"`): `"mean"`, `"max"` or `"min"`.
+
+    Returns:
+        `torch.Tensor`: 0-d.
+
+    Raises:
+        ValueError: If shapes differ, an input is not floating or `kind` is another.
+    """
+    checks.check_tensor("values", values, weights.shape)
+    checks.check_tensor("weights", weights, values.shape)
+    if kind not in ("mean", "max", "min"):
+        raise ValueError(f"`kind` is {kind!r}: set it to 'mean', 'max' or 'min'.")
+    counts = (weights > 0) & ~values.isnan()
+    if not counts.any():
+        return values.new_zeros(())
+    values, weights = values[counts], weights[counts]
+    if kind == "mean":
+        return (values * weights).sum() / weights.sum()
+    return values.max() if kind == "max" else values.min()

@@ -94,7 +94,7 @@ class NLPOTrainer(PPOTrainer):
         # Rows are those of the batch; the last columns were sampled after every row had ended.
         batch["token_masks"] = self._masked_generate.packed[:, : batch["completion_ids"].size(1)]
         allowed = unpack_mask(batch["token_masks"][token_mask(batch)], self._vocab_size()).sum(-1).float()
-        self._log_means({"nlpo/allowed_tokens": allowed.mean()})
+        self._note({"nlpo/allowed_tokens": allowed.mean()}, allowed.numel())
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "token_masks")
         parts = zip(*(batch[name].split(size) for name in names), strict=True)

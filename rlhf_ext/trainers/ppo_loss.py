@@ -18,6 +18,12 @@ class LossMixin:
         if self._stopped and self.model.training:
             # The rest of the rollout is not trained on; its steps pass without a forward.
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        loss = self._loss_of_both(model, inputs)
+        if not self.model.training:
+            self._log_step("eval")
+        return loss
+
+    def _loss_of_both(self, model, inputs):
         loss = self.compute_policy_loss(inputs, model)
         if self.model.training and self._is_warm_up(self._step):
             loss = loss * 0.0  # not left out: DDP waits for every gradient
@@ -41,13 +47,9 @@ class LossMixin:
         )
         divisor = self._loss_divisor(inputs)
         parts = self.current_gradient_accumulation_steps if self.model.training else 1
-        self._log_means(
-            # One micro-batch's share of the step, times their number: the mean that is logged is the step's loss.
-            {
-                "value_loss": critic_loss.detach() / divisor * parts,
-                "value/clip_fraction": metrics["value_clip_fraction"],
-            }
-        )
+        # One micro-batch's share of the step, times their number: the mean that is logged is the step's loss.
+        self._note({"value_loss": critic_loss.detach() / divisor * parts})
+        self._note({"value/clip_fraction": metrics["value_clip_fraction"]}, token_mask(inputs).sum())
         return loss + self.args.vf_coef * critic_loss / divisor
 
     def compute_policy_loss(self, batch: dict[str, torch.Tensor], model: nn.Module | None = None) -> torch.Tensor:
@@ -60,6 +62,8 @@ class LossMixin:
                 The prepared model; the trainer's own if not given.
         """
         loss = super()._compute_loss(self.model if model is None else model, batch)
+        tokens = token_mask(batch).sum()
+        self._note_what_the_parent_logged(tokens)
         outputs, self._outputs, length = self._outputs, None, batch["completion_ids"].size(1)
         logps = outputs.log_probs.detach()[:, -length:]
         if self.args.policy_objective == "pg":
@@ -67,7 +71,7 @@ class LossMixin:
             shown, _ = policy_gradient_loss(logps, batch["advantages"], token_mask(batch), reduction="sum")
             loss = loss + (shown / self._loss_divisor(batch) - loss.detach())
         else:
-            self._log_means(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)))
+            self._note(ratio_statistics(logps, batch["old_per_token_logps"], token_mask(batch)), tokens)
             if self.model.training and self.args.target_kl is not None:
                 self._watch_kl(logps, batch)
         if self.args.policy_objective == "penalty":

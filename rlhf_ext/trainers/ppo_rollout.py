@@ -219,8 +219,3 @@ class RolloutMixin:
         ids, mask = self._gather(batch["completion_ids"]), self._gather(batch["completion_mask"]).bool()
         for name, value in completion_statistics(ids, mask, eos_token_ids=list(self.eos_token_ids)).items():
             self._metrics[mode][name].append(value.item())
-
-    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value.reshape(1)).mean().item())

@@ -41,6 +41,7 @@ from .ppo_config import PPOConfig
 from .ppo_loss import LossMixin
 from .ppo_rewards import RewardsMixin
 from .ppo_rollout import RolloutMixin
+from .ppo_step_metrics import StepMetricsMixin
 from .ppo_throughput import StepClock, ThroughputMixin
 from .ppo_trunk import TrunkMixin
 from .ppo_update import StepGuard, UpdateMixin
@@ -50,6 +51,7 @@ class PPOTrainer(
     RewardsMixin,
     RolloutMixin,
     LossMixin,
+    StepMetricsMixin,
     ThroughputMixin,
     BatchesMixin,
     TrunkMixin,
@@ -270,6 +272,7 @@ class PPOTrainer(
         if args.target_kl is not None or args.critic_warmup_rollouts or self._some_epochs_rest:
             self.add_callback(StepGuard(self))
         self.add_callback(StepClock(self))
+        self._begin_notes()
         # The parent's loss keeps its log-probabilities to itself; its forward's output does not.
         self._outputs = None
         self.model.register_forward_hook(self._keep_outputs)

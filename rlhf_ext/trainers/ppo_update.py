@@ -134,7 +134,7 @@ class UpdateMixin:
 
     def _penalty_term(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         kl, mask = self._kl_to_old(batch, self._take_hidden(batch)), token_mask(batch)
-        self._log_means({"policy/penalty_kl": masked_mean(kl.detach(), mask)})
+        self._note({"policy/penalty_kl": masked_mean(kl.detach(), mask)}, mask.sum())
         return self.penalty_coef * kl.sum() / self._loss_divisor(batch)
 
     def _entropy_term(self, batch: dict[str, torch.Tensor], entropy: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from rlhf_ext.functional.statistics import (
     distinct_ngrams,
     explained_variance,
     is_below_zero,
+    pooled_statistic,
     ratio_statistics,
     rollout_statistics,
 )
@@ -107,6 +108,22 @@ def test_an_empty_mask_gives_finite_numbers():
     given = inputs()
     given["scores"] = torch.full((3,), math.nan)
     assert rollout_statistics(**given)["rlhf_reward"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(9,), (1, 8), (2, 3, 4), (0, 9)], ids=str)
+def test_a_whole_has_one_number_however_it_is_cut(sizes):
+    torch.manual_seed(0)
+    whole = torch.rand(9)
+    parts, weights = whole.split(sizes), torch.tensor([float(n) for n in sizes])
+    for kind, number in (("mean", torch.mean), ("max", torch.max), ("min", torch.min)):
+        values = torch.stack([number(part) if len(part) else torch.tensor(-3.0) for part in parts])
+        torch.testing.assert_close(pooled_statistic(values, weights, kind=kind), number(whole), msg=kind)
+    assert pooled_statistic(torch.tensor([math.nan, 2.0, 6.0]), torch.tensor([5.0, 3.0, 1.0])) == 3
+    assert pooled_statistic(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0])) == 0
+    with pytest.raises(ValueError, match="`kind` is 'median': set it to 'mean', 'max' or 'min'"):
+        pooled_statistic(whole, whole, kind="median")
+    with pytest.raises(ValueError, match="`values` has shape"):
+        pooled_statistic(whole, whole[:1])
 
 
 def test_half_precision_is_raised_and_nothing_has_a_gradient():

@@ -76,6 +76,7 @@ def test_r21_a_target_or_horizon_of_zero_is_refused(tmp_path, fields):
 
 
 def take_metrics(trainer):
+    trainer._log_step("train")
     found = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     trainer._metrics["train"].clear()
     return found

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_ext.models.lm_head import keep_lm_head
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -97,6 +98,50 @@ def test_completions_are_counted_over_the_whole_rollout(tmp_path):
     ended = sum(trainer.processing_class.eos_token_id in row for row in rows) / len(rows)
     assert 0 < ended < 1 and logged(trainer, "completions/eos_rate") == pytest.approx([ended])
     assert logged(trainer, "completions/clipped_ratio") == pytest.approx([1 - ended])
+
+
+def test_every_token_of_a_step_weighs_the_same(tmp_path, monkeypatch):
+    """Micro-batches by length have uneven rows and tokens; the numbers of a step are those of all of its tokens."""
+    trainer = make_trainer(tmp_path, max_steps=4, num_iterations=2, learning_rate=0.01, epsilon=0.02)
+    seen, forward, loss = [], trainer._get_per_token_logps_and_entropies, trainer._compute_loss
+
+    def kept(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        if result[0].requires_grad:
+            seen[-1].append((result[0].detach(), result[1].detach()))
+        return result
+
+    def with_batch(model, inputs):
+        seen.append([inputs])
+        return loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", kept)
+    monkeypatch.setattr(trainer, "_compute_loss", with_batch)
+    trainer.train()
+    parts = trainer.args.gradient_accumulation_steps
+    steps = [seen[i : i + parts] for i in range(0, len(seen), parts)]
+    assert parts == 2 and len(steps) == 4
+    assert any(len(step[0][0]["completion_mask"]) != len(step[1][0]["completion_mask"]) for step in steps)
+    numbers = {name: [] for name in ("policy/approx_kl", "entropy", "clip_ratio/region_mean", "policy/ratio_max")}
+    means = {name: [] for name in numbers}
+    for step in steps:
+        found = {name: [] for name in numbers}
+        for batch, (logps, entropy) in step:
+            mask = batch["completion_mask"].bool()
+            ratio = (logps - batch["old_per_token_logps"])[mask].exp()
+            advantages = batch["advantages"][mask]
+            clipped = (ratio < 0.98) & (advantages < 0) | (ratio > 1.02) & (advantages > 0)
+            found["policy/approx_kl"].append(ratio - 1 - ratio.log())
+            found["entropy"].append(entropy[mask])
+            found["clip_ratio/region_mean"].append(clipped.float())
+            found["policy/ratio_max"].append(ratio)
+        for name, values in found.items():
+            pool = torch.max if "max" in name else torch.mean
+            numbers[name].append(pool(torch.cat(values)).item())
+            means[name].append(sum(pool(value).item() for value in values) / parts)
+    for name, values in numbers.items():
+        assert logged(trainer, name) == pytest.approx(values, rel=1e-6, abs=1e-6), name
+        assert means[name] != pytest.approx(values, rel=2e-5, abs=1e-5), name
 
 
 def test_tokens_per_second_of_rollout_and_update_apart(tmp_path, monkeypatch):
