@@ -94,7 +94,8 @@ def has_normalization(model: nn.Module) -> bool:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    model = extract_model_from_parallel(model)
+    if hasattr(model, "module") or hasattr(model, "_orig_mod"):  # asking costs milliseconds, several times a batch
+        model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
