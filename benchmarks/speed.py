@@ -113,7 +113,7 @@ def search(args: argparse.Namespace, names: list[str], places: dict[str, Path], 
                 tried.append((measure(run, places[side], returning=False)["seconds"][0], point))
                 print(f"{name} {side} {point} {tried[-1][0]:.1f} s", flush=True)
 
-            while points := next_points(side, min(tried, key=lambda pair: pair[0])[1] if tried else None, len(tried)):
+            while points := next_points(side, tried):
                 for point in points:
                     attempt(point)
             best.setdefault(name, {})[side] = chosen(tried)

@@ -13,12 +13,12 @@ OURS: dict[str, Any] = {}
 PADDED: dict[str, Any] = {"skip_padding": False}
 """Our own padded run, the peer of W4."""
 
-GRID = {"threads": (1, 2), "micro_batch": (8, 16, 32)}
+GRID = {"threads": (1, 2), "micro_batch": (4, 8, 16, 32)}
 GRID_NOTE = """Both sides, one after the other: threads 1 and 2 with micro-batches of 16 rows, the faster one with 8
-and 32, and the fastest of these with TRL 1.12's `local_rollout_forward_batch_size` of 8 and 16 instead of 32. Ours has
-no such field: it generates the rollout at once and scores in micro-batches. One run a point. Points within 5% of the
-fastest count as equal, and of these the one with the smallest micro-batch is taken. float32
-throughout. Variants take the points of their workload."""
+and 32, with 4 where 8 is the fastest, and the fastest of these with TRL 1.12's `local_rollout_forward_batch_size` of 8
+and 16 instead of 32. Ours has no such field: it generates the rollout at once and scores in micro-batches. One run a
+point. Points within 5% of the fastest count as equal, and of these the one with the smallest micro-batch is taken.
+float32 throughout. Variants take the points of their workload."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,21 @@ def settings(
     return {**fixed, **workload.run, **own, **point, **({"model": model} if workload.run.get("nf4") else {})}
 
 
-def next_points(side: str, best: dict[str, Any] | None, tried: int) -> list[dict[str, Any]]:
-    """What to try after `tried` points, of which `best` was the fastest; nothing at the end."""
-    if best is None:
-        return [{"threads": threads, "micro_batch": 16, "rollout_batch": 32} for threads in GRID["threads"]]
-    if tried == 2:
-        return [{**best, "micro_batch": rows} for rows in GRID["micro_batch"] if rows != 16]
-    return [{**best, "rollout_batch": rows} for rows in (8, 16)] if side == "trl112" and tried == 4 else []
+def next_points(side: str, tried: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What to try after the pairs `(seconds, point)`; nothing at the end."""
+    seen = [point for _, point in tried]
+    points = [{"threads": threads, "micro_batch": 16, "rollout_batch": 32} for threads in GRID["threads"]]
+    if not tried:
+        return points
+    best = min(tried, key=lambda pair: pair[0])[1]
+    if best["rollout_batch"] != 32:
+        return []
+    points = [{**best, "micro_batch": rows} for rows in GRID["micro_batch"][1:]]
+    if best["micro_batch"] <= 8:
+        points.append({**best, "micro_batch": GRID["micro_batch"][0]})
+    if all(point in seen for point in points) and side == "trl112":
+        points = [{**best, "rollout_batch": rows} for rows in (8, 16)]
+    return [point for point in points if point not in seen]
 
 
 def chosen(tried: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:

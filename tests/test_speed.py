@@ -65,12 +65,20 @@ def test_fields_of_ours_reach_ours_alone(monkeypatch):
 
 
 def test_the_grid_is_walked_one_setting_after_the_other():
-    first = next_points("ours", None, 0)
-    assert [(p["threads"], p["micro_batch"]) for p in first] == [(1, 16), (2, 16)]
-    assert [p["micro_batch"] for p in next_points("ours", first[1], 2)] == [8, 32]
-    assert not next_points("ours", first[1], 4)
-    assert [p["rollout_batch"] for p in next_points("trl112", first[1], 4)] == [8, 16]
-    assert not next_points("trl112", first[1], 6)
+    def walk(side, seconds):
+        """Points in their order, where a point takes `seconds` of its threads, rows and rollout batch."""
+        tried = []
+        while points := next_points(side, tried):
+            tried += [(seconds(*point.values()), point) for point in points]
+        return [tuple(point.values()) for _, point in tried]
+
+    first = [(1, 16, 32), (2, 16, 32)]
+    assert walk("ours", lambda threads, rows, rollout: rows / threads) == [*first, (2, 8, 32), (2, 32, 32), (2, 4, 32)]
+    assert walk("ours", lambda threads, rows, rollout: -rows * threads) == [*first, (2, 8, 32), (2, 32, 32)]
+    assert walk("ours", lambda threads, rows, rollout: threads) == [*first, (1, 8, 32), (1, 32, 32)]
+    for weight in (1, -1):
+        points = walk("trl112", lambda threads, rows, rollout, weight=weight: rows - threads + weight * rollout)
+        assert points == [*first, (2, 8, 32), (2, 32, 32), (2, 4, 32), (2, 4, 8), (2, 4, 16)]
 
 
 def test_of_equally_fast_points_the_one_with_less_memory_is_chosen():

@@ -49,7 +49,7 @@ class StepMetricsMixin:
         noted = self._noted["train" if self.model.training else "eval"]
         for name, value in metrics.items():
             pair = [torch.as_tensor(x, dtype=torch.float32, device=self.accelerator.device) for x in (value, weight)]
-            noted[name].append(torch.stack(pair))
+            noted[name].append(torch.stack(pair).detach())
 
     def _note_what_the_parent_logged(self, weight: torch.Tensor) -> None:
         """Take the numbers of a micro-batch, which are those of all processes, back from the parent's lists."""
