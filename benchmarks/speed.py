@@ -18,7 +18,7 @@ allocator settings on both sides, in processes of their own (see `speed_process.
 W1-W3: TRL 1.12, with LoRA on its policy alone, the only place that its `peft_config` reaches; its critic is a whole
 model. Letters behind them are variants: `c` a peer whose critic was given adapters by hand, `e` our critic in one of
 the four epochs, `s` our critic as a head on the reward adapter. W4: ours without what saves padding.
-W5, memory only: sampling the same rollout with the one base.
+W5, memory only: sampling the same rollout with the one base; both peaks count from when the base is loaded.
 """
 
 import argparse

@@ -44,7 +44,13 @@ def policy_of(run: Run, folder: Path) -> Any:
     if source is None:
         source = str(folder / "base")
         random_policy(run).save_pretrained(source)
-    return off_the_file(load_policy(source, dtype=getattr(torch, run.dtype), quantization_config=quantization_of(run)))
+    quantized = load_policy(source, dtype=getattr(torch, run.dtype), quantization_config=quantization_of(run))
+    policy = off_the_file(quantized)
+    # Pages of the file and what is quantised from them are the same for PPO and for sampling, and more than either
+    # needs afterwards.
+    release()
+    forget_peak()
+    return policy
 
 
 def save_reward_adapter(run: Run, folder: Path) -> str:
