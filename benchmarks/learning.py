@@ -70,7 +70,8 @@ def main() -> int:
         tuned_file.write_text(json.dumps(tuned, indent=2) + "\n")
         print(json.dumps(tuned, indent=2))
     elif arguments.first_seed == 0:
-        summary = result(spec, {key[:2]: value for key, value in runs.items()}, json.loads(tuned_file.read_text()))
+        found = {key[:2]: value for key, value in runs.items()}
+        summary = result(spec, found, json.loads(tuned_file.read_text()), arguments.clock)
         print(json.dumps(summary, indent=1))
         if arguments.result:
             arguments.result.write_text(json.dumps(summary, indent=1) + "\n")
@@ -193,7 +194,9 @@ def geometric(values: list[float]) -> tuple[float, float, float]:
     return tuple(math.exp(x) for x in interval([math.log(value) for value in values]))
 
 
-def result(spec: dict[str, Any], runs: dict[tuple[str, int], Any], tuned: dict[str, Any]) -> dict[str, Any]:
+def result(
+    spec: dict[str, Any], runs: dict[tuple[str, int], Any], tuned: dict[str, Any], clock: str
+) -> dict[str, Any]:
     """What `benchmarks/results.py` renders; ratios are paired by seed."""
     seeds = sorted({seed for _, seed in runs})
     seconds = {p["name"]: [runs[p["name"], seed]["seconds"] for seed in seeds] for p in spec["programs"]}
@@ -219,14 +222,16 @@ def result(spec: dict[str, Any], runs: dict[tuple[str, int], Any], tuned: dict[s
     ratio = geometric([value / own for value, own in zip(seconds[best], seconds[ours], strict=True)])[0]
     return {
         "title": f"Seconds to a held-out gold reward of {world['target']} on the toy world",
-        "command": f"python benchmarks/learning.py --output_dir runs/learning --seeds {len(seeds)}",
+        "command": f"python benchmarks/learning.py --output_dir runs/learning --seeds {len(seeds)}"
+        + (" --clock cpu" if clock == "cpu" else ""),
         "commit": ", ".join(sorted({run["commit"] for run in runs.values()})),
         "seed": seeds,
         "columns": ["program", "setting", "seconds", "reached", "episodes", "seconds over ours, paired"],
         "rows": rows,
         "notes": [
-            "Geometric means with 95% t-intervals of the logarithms over seeds; one thread; training alone, without "
-            f"imports and evaluation. A run that does not get there counts as {world['max_seconds']} s.",
+            f"Geometric means with 95% t-intervals of the logarithms over seeds; one thread, {clock} seconds of "
+            "training alone, without imports and evaluation. A run that does not get there counts as "
+            f"{world['max_seconds']} s.",
             f"Settings: four of each program, tuned on seed {spec['tuning_seed']}. Goal: {GOAL:g} times faster than "
             f"the best peer; it is {ratio:.2f} times.",
         ],

@@ -23,6 +23,9 @@ from .roles import base_of
 ENDED_SHARE = 0.25
 """Share of ended rows at which the batch is cut: each cut copies the cache once."""
 
+DRAWN = 2**21
+"""Probabilities that are summed up at a time: 16 MiB of float64."""
+
 
 @contextmanager
 def only_live_rows(model: nn.Module) -> Iterator[None]:
@@ -128,9 +131,16 @@ def draw(scores: torch.Tensor) -> torch.Tensor:
         ValueError: the logits of a row are not finite, as those of a policy that has diverged.
     """
     wide = torch.float32 if scores.device.type == "mps" else torch.float64
-    below = scores.softmax(dim=-1).to(wide).cumsum(dim=-1)
+    share = torch.rand(len(scores), 1, dtype=wide, device=scores.device)
+    rows = max(1, DRAWN // scores.size(-1))
+    parts = zip(scores.split(rows), share.split(rows), strict=True)
+    return torch.cat([_draw_at(*part) for part in parts])
+
+
+def _draw_at(scores: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    below = scores.softmax(dim=-1).to(share.dtype).cumsum(dim=-1)
     if not below[:, -1].isfinite().all():
         raise ValueError("The policy's logits are not finite: training has diverged. Lower the learning rate.")
-    place = torch.rand(len(scores), 1, dtype=wide, device=scores.device) * below[:, -1:]
     # To the right of equal sums, so that a token of probability 0 is never drawn.
-    return torch.searchsorted(below, place, right=True).clamp(max=scores.size(-1) - 1).squeeze(-1)
+    place = torch.searchsorted(below, share * below[:, -1:], right=True)
+    return place.clamp(max=scores.size(-1) - 1).squeeze(-1)

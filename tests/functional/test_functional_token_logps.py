@@ -27,10 +27,10 @@ def by_definition(rows, weight, bias, targets, temperature=1.0, logit_scale=1.0,
     return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, "MIN_ROWS", 8)
-    monkeypatch.setattr(module, "TILE", 88)  # 37 tokens are 5 tiles, the last one ragged
+@pytest.fixture(autouse=True, params=[11, 4], ids=["whole rows", "rows in pieces"])
+def small_tiles(monkeypatch, request):
+    monkeypatch.setattr(module, "COLUMNS", request.param)  # in pieces: 4, 4 and 3 of the vocabulary of 11
+    monkeypatch.setattr(module, "TILE", 8 * request.param)  # 37 tokens are 5 tiles, the last one ragged
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -99,6 +99,25 @@ def test_autocast_cuts_the_products_and_not_the_entropy():
     wanted = by_definition(logits, torch.eye(11, dtype=torch.float64), None, targets)
     torch.testing.assert_close(entropies, wanted[1].float(), rtol=0, atol=1e-5)
     torch.testing.assert_close(logps, wanted[0].float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trains", ["hidden", "all"])
+def test_gradients_keep_their_digits_where_a_token_is_nearly_certain(trains):
+    """1 - p is 1e-5 here: p in float32 alone would leave two digits of it."""
+    rows, weight, _, targets = data()
+    targets = (rows @ weight.t()).argmax(-1)
+    rows = rows * (12.0 / (rows @ weight.t()).topk(2).values.diff(dim=-1).abs())
+    found = []
+    for function, dtype in ((token_logps, torch.float32), (by_definition, torch.float64)):
+        own = rows.to(dtype).requires_grad_()
+        head = weight.to(dtype).requires_grad_(trains == "all")
+        logps = function(own, head, targets)[0] if function is token_logps else function(own, head, None, targets)[0]
+        logps.sum().backward()
+        found.append((logps.detach().double(), own.grad.double()))
+    (ours, our_grad), (exact, exact_grad) = found
+    assert exact.max() > -1e-5 and exact.min() < -1e-6
+    torch.testing.assert_close(our_grad, exact_grad, rtol=2e-2, atol=1e-9)
+    torch.testing.assert_close(ours, exact, rtol=2e-2, atol=1e-9)
 
 
 def test_large_logits_stay_finite_and_no_token_is_none():

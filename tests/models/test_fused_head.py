@@ -62,9 +62,8 @@ def test_numbers_and_gradients_are_those_of_trl(kind, frozen_head):
 
 
 def test_no_tensor_of_the_size_of_all_logits(monkeypatch):
-    monkeypatch.setattr(token_logps, "TILE", 1)
-    monkeypatch.setattr(token_logps, "MIN_ROWS", 4)
     tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(token_logps, "TILE", 4 * len(tokenizer))
     model = tiny_causal_lm("llama", tokenizer)
     whole = copy.deepcopy(model)
     sizes = []

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_ext.models import live_sampling
 from rlhf_ext.models.live_sampling import _can_be_cut, draw, only_live_rows
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 
@@ -48,6 +49,18 @@ def test_greedy_texts_are_those_of_generate(kind, adapter):
     assert sizes[0] == len(PROMPTS) and sizes[-1] < len(PROMPTS), "rows have left the batch"
     again = model.generate(**batch, generation_config=config(tokenizer, eos))
     assert torch.equal(again, expected), "after the block it is the old one"
+
+
+def test_rows_are_drawn_alike_some_at_a_time_and_all_at_once(monkeypatch):
+    scores = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 3
+    found = []
+    for rows in (7, 3, 1):
+        monkeypatch.setattr(live_sampling, "DRAWN", 50 * rows)
+        torch.manual_seed(1)
+        found.append([draw(scores) for _ in range(20)])
+    for some in found[1:]:
+        assert torch.equal(torch.stack(some), torch.stack(found[0]))
+    assert torch.stack(found[0]).float().var(dim=0).min() > 0, "each draw is another"
 
 
 def test_draws_follow_the_distribution_and_nothing_forbidden_is_drawn():

@@ -145,8 +145,7 @@ class _Widest(TorchDispatchMode):
 
 
 def test_logits_are_never_whole(tmp_path, sft, monkeypatch):
-    monkeypatch.setattr(token_logps, "TILE", 1)
-    monkeypatch.setattr(token_logps, "MIN_ROWS", 4)
+    monkeypatch.setattr(token_logps, "TILE", 4 * len(tiny_tokenizer()))
     tiles, tokens = token_logps._tiles, []
     monkeypatch.setattr(token_logps, "_tiles", lambda rows, head: tokens.append(len(rows)) or tiles(rows, head))
     trainer = build(tmp_path, sft / "llama")
