@@ -169,7 +169,8 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
         rows.append(row)
     return {
         "title": "Growth of one PPO iteration: exponents of time and memory beside the exponent of the counted work",
-        "command": f"python benchmarks/growth.py --output_dir {arguments.output_dir}",
+        "command": "python benchmarks/growth.py --output_dir runs/growth"
+        + (" --clock cpu" if arguments.clock == "cpu" else ""),
         "commit": commit_of_head(),
         "seed": 0,
         "columns": [
