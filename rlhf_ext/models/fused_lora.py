@@ -2,7 +2,8 @@
 
 PEFT computes y = W x, then B A x, scales it and adds it: two more passes over each output forward, and two over each
 gradient backward. Here the product with B accumulates into W x, and the gradient's product with A into its product
-with W; what is kept for the backward pass is the same.
+with W; what is kept for the backward pass is the same. Over a quantised W, of which only its own layer knows, the
+update is added to what that returns.
 
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
@@ -11,63 +12,74 @@ import functools
 from typing import Any
 
 import torch
+from peft.tuners.lora import bnb
 from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+"""PEFT's layers over quantised ones, where bitsandbytes is there."""
 
 
 def fuse_lora_updates(model: nn.Module) -> int:
     """
     Give the LoRA layers of a model the fused forward, on the instance, and return how many got it.
 
-    Same output and gradients up to rounding. What the fused form does not cover goes through PEFT's own, call by call:
-    no or several active adapters, merged ones, DoRA and other variants, dropout, biases of B, bases that train or are
-    quantised, hooks on the base layer or the adapter's, and mixed dtypes without autocast. Left alone are layers whose
-    `forward` somebody has set on the instance. Gradients of gradients raise. Not for weights that live in pieces
-    (ZeRO-3, FSDP), which only their own module gathers.
+    Same output and gradients up to rounding. Where the base layer is a frozen `nn.Linear` of the adapter's dtype, or
+    under autocast, the update is added inside of its product. Where it is anything else (quantised, of another dtype,
+    training, hooked) it runs as it is, and the update is added to what it returns: there the copies of the inputs in
+    the adapter's dtype, one a layer, are not kept for the backward pass.
+
+    Left to PEFT, call by call: no or several active adapters, merged ones, DoRA and other variants, dropout, biases of
+    B, and hooks on the adapter's modules. Left alone are layers whose `forward` somebody has set on the instance.
+    Gradients of gradients raise. Not for weights that live in pieces (ZeRO-3, FSDP), which only their own module
+    gathers.
     """
-    layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module.base_layer)]
+    kinds = (Linear, *(getattr(bnb, name) for name in QUANTIZED if hasattr(bnb, name)))
+    layers = [layer for layer in model.modules() if type(layer) in kinds and isinstance(layer.base_layer, nn.Linear)]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer, layer.forward)
     return len(layers)
 
 
-def _is_plain(base: nn.Module) -> bool:
-    return type(base) is nn.Linear and base.weight.is_floating_point()
-
-
 def _forward(layer: Linear, stock: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     adapter = None if args or kwargs else _only_adapter(layer)
     if adapter is None:
         return stock(x, *args, **kwargs)
-    base = layer.base_layer
-    tensors = (x, base.weight, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and len({t.dtype for t in tensors if t is not None}) > 1:
-        return stock(x)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if x.dtype == torch.float64:  # autocast leaves it
-        dtype = x.dtype
-    # Cast outside of the function, so that gradients are cast back by their own nodes.
-    cast = [None if t is None else t.to(dtype) for t in tensors]
-    rows = cast[0].reshape(x.shape[:-1].numel(), x.shape[-1])  # no -1, which no tokens would leave open
-    y = _Update.apply(rows, *cast[1:], layer.scaling[adapter])
-    # Here and not in the function, whose outputs must not be views: some families change them in place.
-    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+    base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # autocast leaves it
+    dtype = torch.get_autocast_dtype(kind) if autocast else down.dtype
+    inside = _is_plain(base) and (autocast or {x.dtype, base.weight.dtype, up.dtype} == {dtype})
+    y = None if inside else base(x)
+    # Cast outside of the functions, so that gradients are cast back by their own nodes; no -1 in the shape, which no
+    # tokens would leave open.
+    rows, down, up = x.reshape(x.shape[:-1].numel(), x.shape[-1]), down.to(dtype), up.to(dtype)
+    if y is None:
+        bias = None if base.bias is None else base.bias.to(dtype)
+        out = _Update.apply(rows.to(dtype), base.weight.to(dtype), bias, down, up, layer.scaling[adapter])
+    else:
+        out = _Beside.apply(y.reshape(len(rows), y.shape[-1]), rows, down, up, layer.scaling[adapter])
+    # Here and not in the functions, whose outputs must not be views: some families change them in place.
+    return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
 def _only_adapter(layer: Linear) -> str | None:
     """The adapter to run under, if the fused form covers it."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    base = layer.base_layer
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
         return None
     dropout, down, up = (part[active[0]] for part in (layer.lora_dropout, layer.lora_A, layer.lora_B))
     drops = not isinstance(dropout, nn.Identity) and not (type(dropout) is nn.Dropout and dropout.p == 0)
-    trains = any(p.requires_grad for p in base.parameters())
-    hooked = any(_is_hooked(module) for module in (base, down, up, dropout))
-    return None if trains or drops or hooked or up.bias is not None or not _is_plain(base) else active[0]
+    hooked = any(_is_hooked(module) for module in (down, up, dropout))
+    return None if drops or hooked or up.bias is not None else active[0]
+
+
+def _is_plain(base: nn.Module) -> bool:
+    frozen = not any(p.requires_grad for p in base.parameters())
+    return type(base) is nn.Linear and base.weight.is_floating_point() and frozen and not _is_hooked(base)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -108,3 +120,31 @@ class _Update(torch.autograd.Function):
             grad_down = grad_low.t() @ rows if for_down else None
             grad_up = grad.t() @ low if for_up else None
         return grad_x, None, None, grad_down, grad_up, None
+
+
+class _Beside(torch.autograd.Function):
+    """y + s B A x, where y `(N, O)` is what a base layer made of rows x `(N, I)`; x is kept as it came."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, rows: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            low = (rows.to(down.dtype) @ down.t()).mul_(scaling)
+            out = (low @ up.t()).add_(y).to(y.dtype)
+        ctx.save_for_backward(rows, down, up, low)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        rows, down, up, low = ctx.saved_tensors
+        for_y, for_x, for_down, for_up, _ = ctx.needs_input_grad
+        with torch.autocast(rows.device.type, enabled=False):
+            grad = grads[0].to(down.dtype)
+            grad_low = (grad @ up).mul_(ctx.scaling) if for_x or for_down else None
+            grad_x = (grad_low @ down).to(rows.dtype) if for_x else None
+            grad_down = grad_low.t() @ rows.to(down.dtype) if for_down else None
+            grad_up = grad.t() @ low if for_up else None
+        return grads[0] if for_y else None, grad_x, grad_down, grad_up, None

@@ -31,8 +31,6 @@ from .roles import CRITIC
 
 # CUDA context, kernels of torch, cuBLAS and bitsandbytes, and fragmentation. Assumed: no GPU was here to measure it.
 CUDA_RESERVE = 2**30
-# ZeRO-2's `reduce_bucket_size`, in elements, and the layers that ZeRO-3 and FSDP2 hold gathered at a time.
-ZERO_BUCKET, GATHERED_LAYERS = 500_000_000, 2
 # ZeRO-2's `reduce_bucket_size`, in elements, and the two layers that ZeRO-3 and FSDP2 hold gathered at a time.
 ZERO_BUCKET, GATHERED_LAYERS = 500_000_000, 2
 
@@ -124,7 +122,7 @@ def count_parts(shape: RunShape, model: nn.Module, quantized: set[str]) -> dict[
 
 
 def trace_run(shape: RunShape) -> Activations:
-    """Activations of the run; they do not depend on how many ranks there are."""
+    """Activations of the run; they depend on whether weights are in pieces, and not on the number of ranks."""
     model, quantized = build_on_meta(shape)
     return trace_activations(
         model,
@@ -138,6 +136,7 @@ def trace_run(shape: RunShape) -> Activations:
         autocast=shape.autocast,
         accumulates=shape.accumulates,
         device=shape.device,
+        fused=shape.sharding in ("none", "ddp"),
     )
 
 

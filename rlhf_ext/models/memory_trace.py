@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from ..functional.token_logps import token_logps
+from .fused_lora import fuse_lora_updates
 from .roles import CRITIC, REWARD, RoleSwitch, base_of, checkpoint_context
 
 
@@ -132,6 +133,7 @@ def trace_activations(
     autocast: bool,
     accumulates: bool,
     device: str,
+    fused: bool,
 ) -> Activations:
     """Run a rollout's prompts, one scoring pass and one update of `model` on fake tensors.
 
@@ -150,12 +152,16 @@ def trace_activations(
             Whether the gradients of an earlier micro-batch are there already.
         device (`str`):
             `"cuda"` or `"cpu"`, for the workspace of the head.
+        fused (`bool`):
+            Whether LoRA layers run as `fuse_lora_updates` makes them.
     """
     base, switch = base_of(model), RoleSwitch(model)
     length = prompt_length + completion_length
     with FakeTensorMode():
         _to_fake(model)
         _restore_weights(base, quantized, compute_dtype)
+        if fused:
+            fuse_lora_updates(model)
         model.train()
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_ext.models import fused_lora
 from rlhf_ext.models.fused_lora import fuse_lora_updates
@@ -35,12 +36,22 @@ def pair(bias=False, dtype=torch.float64, adapters=("default",), **kwargs):
     return model, other
 
 
+def counted(monkeypatch, form):
+    calls, apply = [], form.apply
+    monkeypatch.setattr(form, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
 @pytest.fixture
 def fused(monkeypatch):
-    """How often the fused form ran."""
-    calls, apply = [], fused_lora._Update.apply
-    monkeypatch.setattr(fused_lora._Update, "apply", lambda *args: calls.append(1) or apply(*args))
-    return calls
+    """How often the form inside of the product ran."""
+    return counted(monkeypatch, fused_lora._Update)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """How often the form ran that leaves the base layer alone."""
+    return counted(monkeypatch, fused_lora._Beside)
 
 
 def outcome(model, x, autocast=False, recompute=False):
@@ -196,16 +207,35 @@ def backward_hooked(model):
             module.register_full_backward_hook(lambda m, grads, _: tuple(2 * grad for grad in grads))
 
 
-@pytest.mark.parametrize(
-    "change", [both_active, disabled, merged, base_trains, hooked, adapter_hooked, backward_hooked]
-)
-def test_what_is_not_covered_is_left_to_peft(fused, change):
+@pytest.mark.parametrize("change", [both_active, disabled, merged, adapter_hooked])
+def test_what_is_not_covered_is_left_to_peft(fused, beside, change):
     model, other = pair(adapters=("default", "critic"))
     for m in (model, other):
         change(m)
     x = torch.randn(5, 6, dtype=torch.float64)
     assert_alike(outcome(other, x), outcome(model, x), 1e-13)
-    assert not fused
+    assert not fused and not beside
+
+
+@pytest.mark.parametrize("change", [base_trains, hooked, backward_hooked])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (0, 6)])
+def test_a_base_layer_that_has_to_run_itself_does(fused, beside, change, shape):
+    model, other = pair(bias=True)
+    for m in (model, other):
+        change(m)
+    x = torch.randn(shape, dtype=torch.float64)
+    found, expected = outcome(other, x), outcome(model, x)
+    if x.numel():
+        assert_alike(found, expected, 1e-13)
+    assert found.keys() == expected.keys() and not fused and len(beside) == 2
+
+
+def test_the_gradient_beside_a_base_layer_is_that_of_finite_differences(beside):
+    _, other = pair(bias=True)
+    base_trains(other)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: other(x), (x, *other.parameters()))
+    assert beside
 
 
 @pytest.mark.parametrize("kwargs", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
@@ -220,15 +250,72 @@ def test_other_kinds_of_lora_are_left_to_peft(fused, kwargs):
     assert not fused
 
 
-def test_mixed_dtypes_without_autocast_are_left_to_peft(fused):
+def test_adapters_in_float32_over_a_base_in_bf16(fused, beside):
+    """PEFT rounds the update to bf16 and then the sum; here the sum is rounded alone."""
+    exact, _ = pair(dtype=torch.float64)
     model, other = pair(dtype=torch.float32)
-    for m in (model, other):
+    for m in (exact, model, other):
         for name, parameter in m.named_parameters():
             if "base_layer" in name:
-                parameter.data = parameter.data.bfloat16()
-    x = torch.randn(5, 6).bfloat16()
-    assert_alike(outcome(other, x), outcome(model, x), 1e-6)
-    assert not fused
+                rounded = parameter.data.bfloat16()
+                parameter.data = rounded.double() if m is exact else rounded
+    x = torch.randn(64, 6).bfloat16()
+    found, expected = outcome(other, x), outcome(exact, x.double())
+    assert {t.dtype for name, t in found.items() if "lora" in name} == {torch.float32}
+    assert found["y"].dtype == found["x"].dtype == torch.bfloat16
+    assert_alike({name: t.double() for name, t in found.items()}, expected, 1.5e-2)
+    assert_alike(found, outcome(model, x), 1.5e-2)
+    assert not fused and len(beside) == 2
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_over_a_quantised_base(fused, beside, bits, autocast, tmp_path):
+    torch.manual_seed(0)
+    tiny_causal_lm("llama", tiny_tokenizer()).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=["lm_head"])
+    config = {"quantization_config": config, "dtype": torch.float32, "device_map": {"": "cpu"}}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **config)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, config).train()  # in evaluation bitsandbytes packs weights of 32 rows and more anew
+    ids = torch.randint(2, 20, (3, 9))
+    said = []
+    for number in (0, 14):
+        if number:
+            assert fuse_lora_updates(model) == number
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=ids).logits
+        logits.float().logsumexp(-1).sum().backward()
+        said.append({"logits": logits, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}})
+    assert_alike(said[1], said[0], 4e-2 if autocast else 1e-5)
+    assert not fused and len(beside) == 14
+
+
+def test_inputs_are_kept_once_and_as_they_came(beside):
+    """Three layers read one input of bf16; PEFT keeps a copy of it in float32 for each."""
+    torch.manual_seed(0)
+    block = nn.ModuleDict({name: nn.Linear(64, 8, bias=False) for name in "qkv"}).bfloat16()
+    model = get_peft_model(block, LoraConfig(r=2, target_modules=["q", "k", "v"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    kept = []
+    for fuse in (False, True):
+        if fuse:
+            fuse_lora_updates(model)
+        sizes = {}
+        x = torch.randn(100, 64).bfloat16().requires_grad_()
+
+        def note(tensor, sizes=sizes):
+            if tensor.shape == (100, 64):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = sum(model.base_model.model[name](x) for name in "qkv")
+        kept.append((sum(sizes.values()), y))
+    assert kept[0][0] >= 3 * 100 * 64 * 4 and kept[1][0] == 100 * 64 * 2 and len(beside) == 3
 
 
 @pytest.mark.parametrize(("kind", "number"), [("llama", 14), ("gpt2", 0)])

@@ -167,7 +167,8 @@ def test_ranks_share():
     # ZeRO's partition of the parameters in fp32 is a copy.
     assert zero2["optimizer"] == pytest.approx((alone["optimizer"] + alone["gradients"]) / 8, abs=1)
     assert fsdp2["base"] == pytest.approx(alone["base"] / 8, abs=1) and fsdp2["gathered"] > 0
-    assert all(parts["activations"] == alone["activations"] for parts in (ddp, zero2, fsdp2))
+    # Where weights are in pieces LoRA layers are PEFT's own, and keep more.
+    assert ddp["activations"] == alone["activations"] < zero2["activations"] == fsdp2["activations"]
     # Without DeepSpeed's bf16 mode the base is in fp32, and it is put together to sample.
     assert zero3["base"] == pytest.approx(2 * alone["base"] / 8, rel=0.01)
     assert zero3["whole policy"] == pytest.approx(8 * (zero3["base"] + zero3["adapters, heads"]), abs=32)
