@@ -1,5 +1,5 @@
 """
-Learning curves of PPO on the toy world with each shortcut of docs/performance.md, and without any.
+Learning curves of PPO on the toy world with each shortcut that can be switched off, and without any.
 
     python benchmarks/shortcuts.py --output_dir runs/shortcuts --seeds 5 --result benchmarks/results/shortcuts.json
 

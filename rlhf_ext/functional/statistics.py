@@ -220,7 +220,7 @@ def pooled_statistic(values: torch.Tensor, weights: torch.Tensor, *, kind: str =
     """One number of a whole from those of its parts: `sum w v / sum w`, or the extreme; 0 where no part counts.
 
     Args:
-        values (`torch.Tensor` of shape `(N,)`): number of each part; NaN where it has none.
+        values (`torch.Tensor` of shape `(N,)`): number of each part; NaN of a part that counts is that of the whole.
         weights (`torch.Tensor` of shape `(N,)`): tokens of each part, not negative; parts of weight 0 do not count.
         kind (`str`, *optional*, defaults to `"mean"`): `"mean"`, `"max"` or `"min"`.
 
@@ -234,7 +234,7 @@ def pooled_statistic(values: torch.Tensor, weights: torch.Tensor, *, kind: str =
     checks.check_tensor("weights", weights, values.shape)
     if kind not in ("mean", "max", "min"):
         raise ValueError(f"`kind` is {kind!r}: set it to 'mean', 'max' or 'min'.")
-    counts = (weights > 0) & ~values.isnan()
+    counts = weights > 0
     if not counts.any():
         return values.new_zeros(())
     values, weights = values[counts], weights[counts]

@@ -55,7 +55,7 @@ def token_logps(
         `tuple[torch.Tensor, torch.Tensor]`: both `(N,)`, fp32 (float64 for float64), in nats.
 
     Raises:
-        ValueError: the shapes do not fit, or the temperature is not positive.
+        ValueError: the shapes do not fit, a target is no row of `weight`, or the temperature is not positive.
     """
     checks.check_tensor("hidden", hidden)
     checks.check_tensor("weight", weight)
@@ -65,6 +65,13 @@ def token_logps(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"`targets` has shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:1])}.")
+    try:
+        weight.detach()[:, 0].gather(0, targets)  # no comparison: the memory plan runs this on tensors without values
+    except RuntimeError as error:
+        raise ValueError(
+            f"`targets` has an id that is none of the {len(weight)} rows of `weight` ({error}): leave out what is "
+            "masked, and pass the head that belongs to the tokenizer."
+        ) from error
     if not temperature > 0:
         raise ValueError(f"`temperature` is {temperature}; it must be positive.")
     transform = (1.0 / temperature, logit_scale, softcap)

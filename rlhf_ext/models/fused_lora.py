@@ -28,8 +28,8 @@ def fuse_lora_updates(model: nn.Module) -> int:
 
     Same output and gradients up to rounding. Where the base layer is a frozen `nn.Linear` of the adapter's dtype, or
     under autocast, the update is added inside of its product. Where it is anything else (quantised, of another dtype,
-    training, hooked) it runs as it is, and the update is added to what it returns: there the copies of the inputs in
-    the adapter's dtype, one a layer, are not kept for the backward pass.
+    training, hooked) it runs as it is, and the update is added to what it returns: there inputs of less bytes than the
+    adapter's weights are kept as they came, and not once a layer in the adapter's dtype.
 
     Left to PEFT, call by call: no or several active adapters, merged ones, DoRA and other variants, dropout, biases of
     B, and hooks on the adapter's modules. Left alone are layers whose `forward` somebody has set on the instance.
@@ -57,6 +57,8 @@ def _forward(layer: Linear, stock: Any, x: torch.Tensor, *args: Any, **kwargs: A
     # Cast outside of the functions, so that gradients are cast back by their own nodes; no -1 in the shape, which no
     # tokens would leave open.
     rows, down, up = x.reshape(x.shape[:-1].numel(), x.shape[-1]), down.to(dtype), up.to(dtype)
+    if dtype.itemsize < rows.dtype.itemsize:  # the smaller of the two is kept
+        rows = rows.to(dtype)
     if y is None:
         bias = None if base.bias is None else base.bias.to(dtype)
         out = _Update.apply(rows.to(dtype), base.weight.to(dtype), bias, down, up, layer.scaling[adapter])
@@ -131,7 +133,7 @@ class _Beside(torch.autograd.Function):
     ) -> torch.Tensor:
         with torch.autocast(rows.device.type, enabled=False):
             low = (rows.to(down.dtype) @ down.t()).mul_(scaling)
-            out = (low @ up.t()).add_(y).to(y.dtype)
+            out = (y + low @ up.t()).to(y.dtype)
         ctx.save_for_backward(rows, down, up, low)
         ctx.scaling = scaling
         return out

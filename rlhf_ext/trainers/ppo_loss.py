@@ -18,9 +18,11 @@ class LossMixin:
         if self._stopped and self.model.training:
             # The rest of the rollout is not trained on; its steps pass without a forward.
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        if self.model.training:
+            return self._loss_of_both(model, inputs)
+        self._noted["eval"].clear()  # of a batch that raised
         loss = self._loss_of_both(model, inputs)
-        if not self.model.training:
-            self._log_step("eval")
+        self._log_step("eval")
         return loss
 
     def _loss_of_both(self, model, inputs):

@@ -28,7 +28,8 @@ class StepNumbers(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._noted["train"].clear()
+        for noted in self.trainer._noted.values():  # of a run that ended in the middle of a step
+            noted.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._log_step("train")
@@ -57,6 +58,8 @@ class StepMetricsMixin:
         for name in (*OF_PARENT, *EXTREMES):
             if metrics.get(name):
                 self._note({name: torch.tensor(metrics[name].pop())}, weight)
+                if not metrics[name]:  # an empty list would be logged as None
+                    del metrics[name]
 
     def _log_step(self, mode: str) -> None:
         for name, pairs in self._noted[mode].items():

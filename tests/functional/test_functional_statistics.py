@@ -1,5 +1,6 @@
 """Logged numbers: right by hand, blind to padding (pitfall S24), finite without a single token."""
 
+import functools
 import math
 
 import pytest
@@ -118,8 +119,11 @@ def test_a_whole_has_one_number_however_it_is_cut(sizes):
     for kind, number in (("mean", torch.mean), ("max", torch.max), ("min", torch.min)):
         values = torch.stack([number(part) if len(part) else torch.tensor(-3.0) for part in parts])
         torch.testing.assert_close(pooled_statistic(values, weights, kind=kind), number(whole), msg=kind)
-    assert pooled_statistic(torch.tensor([math.nan, 2.0, 6.0]), torch.tensor([5.0, 3.0, 1.0])) == 3
-    assert pooled_statistic(torch.tensor([math.nan, 2.0]), torch.tensor([1.0, 0.0])) == 0
+    for kind in ("mean", "max", "min"):
+        whole_of = functools.partial(pooled_statistic, torch.tensor([math.nan, 2.0]), kind=kind)
+        assert whole_of(torch.tensor([0.0, 3.0])) == 2
+        assert whole_of(torch.tensor([1.0, 3.0])).isnan(), "a run that has diverged must not log a number"
+        assert whole_of(torch.tensor([0.0, 0.0])) == 0
     with pytest.raises(ValueError, match="`kind` is 'median': set it to 'mean', 'max' or 'min'"):
         pooled_statistic(whole, whole, kind="median")
     with pytest.raises(ValueError, match="`values` has shape"):

@@ -116,7 +116,7 @@ def test_gradients_keep_their_digits_where_a_token_is_nearly_certain(trains):
         found.append((logps.detach().double(), own.grad.double()))
     (ours, our_grad), (exact, exact_grad) = found
     assert exact.max() > -1e-5 and exact.min() < -1e-6
-    torch.testing.assert_close(our_grad, exact_grad, rtol=2e-2, atol=1e-9)
+    torch.testing.assert_close(our_grad, exact_grad, rtol=2e-3, atol=1e-10)
     torch.testing.assert_close(ours, exact, rtol=2e-2, atol=1e-9)
 
 
@@ -134,6 +134,8 @@ def test_large_logits_stay_finite_and_no_token_is_none():
     "change, words",
     [
         ({"targets": torch.zeros(3, dtype=torch.long)}, "targets"),
+        ({"targets": torch.full((37,), -100)}, "`targets` has an id that is none of the 11 rows of `weight` .*-100"),
+        ({"targets": torch.full((37,), 11)}, "none of the 11 rows of `weight` .*11 is out of bounds"),
         ({"weight": torch.zeros(11, 5)}, "weight"),
         ({"temperature": 0.0}, "temperature"),
         ({"hidden": torch.zeros(37, 6, dtype=torch.long)}, "hidden"),

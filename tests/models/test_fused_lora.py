@@ -292,6 +292,14 @@ def test_over_a_quantised_base(fused, beside, bits, autocast, tmp_path):
     assert not fused and len(beside) == 14
 
 
+def test_the_output_of_the_base_keeps_its_digits():
+    """As of a quantised layer that returns float32 while autocast computes the update in bf16."""
+    torch.manual_seed(0)
+    y, rows = torch.randn(9, 5), torch.randn(9, 4).bfloat16()
+    down, up = torch.randn(2, 4).bfloat16(), torch.zeros(5, 2).bfloat16()
+    assert torch.equal(fused_lora._Beside.apply(y, rows, down, up, 2.0), y)
+
+
 def test_inputs_are_kept_once_and_as_they_came(beside):
     """Three layers read one input of bf16; PEFT keeps a copy of it in float32 for each."""
     torch.manual_seed(0)
