@@ -55,7 +55,7 @@ def token_logps(
         `tuple[torch.Tensor, torch.Tensor]`: both `(N,)`, fp32 (float64 for float64), in nats.
 
     Raises:
-        ValueError: the shapes do not fit, a target is no row of `weight`, or the temperature is not positive.
+        ValueError: shapes or dtypes do not fit, a target is no row of `weight`, or the temperature is not positive.
     """
     checks.check_tensor("hidden", hidden)
     checks.check_tensor("weight", weight)
@@ -65,6 +65,8 @@ def token_logps(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"`targets` has shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:1])}.")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"`targets` has dtype {targets.dtype}, not torch.int64: convert it with `.long()`.")
     try:
         weight.detach()[:, 0].gather(0, targets)  # no comparison: the memory plan runs this on tensors without values
     except RuntimeError as error:

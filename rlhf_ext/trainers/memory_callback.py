@@ -33,6 +33,7 @@ class MemoryCallback(TrainerCallback):
     """
 
     def __init__(self, device: torch.device | str, plan: MemoryPlan | None = None):
+        super().__init__()
         self.plan = plan
         self.meter = PeakMemory(device)
         self.baseline = 0 if self.meter.device.type == "cuda" else self.meter.now()

@@ -25,6 +25,7 @@ class StepNumbers(TrainerCallback):
     """Lets the trainer log what a step gathered, before the step is taken."""
 
     def __init__(self, trainer: "StepMetricsMixin"):
+        super().__init__()
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

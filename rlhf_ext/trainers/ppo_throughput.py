@@ -13,6 +13,7 @@ class StepClock(TrainerCallback):
     """Takes the time of every optimizer step, and tells the trainer."""
 
     def __init__(self, trainer: "ThroughputMixin"):
+        super().__init__()
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

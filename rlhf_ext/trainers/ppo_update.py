@@ -28,6 +28,7 @@ class StepGuard(TrainerCallback):
     """Asks the trainer, once the gradients of a step are there, which of them are applied."""
 
     def __init__(self, trainer: "UpdateMixin"):
+        super().__init__()
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -136,6 +136,7 @@ def test_large_logits_stay_finite_and_no_token_is_none():
         ({"targets": torch.zeros(3, dtype=torch.long)}, "targets"),
         ({"targets": torch.full((37,), -100)}, "`targets` has an id that is none of the 11 rows of `weight` .*-100"),
         ({"targets": torch.full((37,), 11)}, "none of the 11 rows of `weight` .*11 is out of bounds"),
+        ({"targets": torch.zeros(37, dtype=torch.int32)}, "`targets` has dtype torch.int32, not torch.int64"),
         ({"weight": torch.zeros(11, 5)}, "weight"),
         ({"temperature": 0.0}, "temperature"),
         ({"hidden": torch.zeros(37, 6, dtype=torch.long)}, "hidden"),
