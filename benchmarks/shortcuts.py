@@ -4,9 +4,9 @@ Learning curves of PPO on the toy world with each shortcut that can be switched 
     python benchmarks/shortcuts.py --output_dir runs/shortcuts --seeds 5 --result benchmarks/results/shortcuts.json
 
 LoRA on the upper half of the layers; policy, critic and reward are adapters on one base. Every arm of a seed starts
-from the same SFT model and reward adapter, on the same prompts; what differs is in `ARMS`. An exact shortcut has to
-leave every logged loss as it is; of the others the gold reward is compared, paired by seed. Each run is a process of
-one thread, a file says what it found, and a second call runs what is missing.
+from the same SFT model and reward adapter, on the same prompts; what differs is in `ARMS`. An exact shortcut may
+change a logged loss by rounding alone; of the others the gold reward is compared, paired by seed. Each run is a
+process of one thread, a file says what it found, and a second call runs what is missing.
 """
 
 import argparse
