@@ -6,6 +6,7 @@
 Measures a reward model on preferences, or a policy on prompts; no training.
 
 A reward model may be the folder of an ensemble: its mean is the score, and its members and their spread are reported.
+With the `--eval_fraction` of training only the prompts that it held out are read.
 Preferences are rows of `recipes/reward.py` or RewardBench's columns; a column `source`, `subset` or `category` gives
 one line each, and a table of helpful, honest, harmless. On a CPU, with tiny models of your own:
 

@@ -133,7 +133,10 @@ class _Beside(torch.autograd.Function):
     ) -> torch.Tensor:
         with torch.autocast(rows.device.type, enabled=False):
             low = (rows.to(down.dtype) @ down.t()).mul_(scaling)
-            out = (y + low @ up.t()).to(y.dtype)
+            out = low @ up.t()
+            # In place, unless y has more digits: one copy of the outputs less at the peak.
+            wider = torch.promote_types(out.dtype, y.dtype) != out.dtype
+            out = (y + out if wider else out.add_(y)).to(y.dtype)
         ctx.save_for_backward(rows, down, up, low)
         ctx.scaling = scaling
         return out
