@@ -76,7 +76,8 @@ class PromptArguments(DataArguments):
         reward_adapter_path (`str`, *optional*):
             Folder of a reward adapter trained on the policy's base.
         critic_model_path (`str`, *optional*):
-            Folder or Hub id of a model that the critic starts from, with the policy's tokenizer.
+            Folder or Hub id of what the critic starts from: a model with the policy's tokenizer, or, beside a reward
+            adapter, a critic adapter.
         token_reward_funcs, probe_funcs (`list[str]`, *optional*):
             Rewards of single tokens, and rewards that are logged and never paid: `module:function`, or a folder or Hub
             id of a reward model.
@@ -107,7 +108,7 @@ class PromptArguments(DataArguments):
     )
     critic_model_path: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a model that the critic starts from, with the policy's tokenizer."},
+        metadata={"help": "What the critic starts from: a model, or beside a reward adapter a critic adapter."},
     )
     token_reward_funcs: list[str] | None = field(
         default=None,

@@ -44,8 +44,8 @@ def rollout_statistics(
     """What is logged once per rollout, over the rows of all processes.
 
     Args:
-        scores (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards' scores; NaN rows have no score and are
-            left out of `rlhf_reward`.
+        scores (`torch.Tensor` of shape `(B,)`): weighted sum of the rewards' scores; NaN rows have no score, train
+            nothing and count in the KL alone.
         kl (`torch.Tensor` of shape `(B, T)`): k1 estimate of the KL to the reference, nats per token.
         rewards (`torch.Tensor` of shape `(B, T)`): per-token rewards after the KL term, before whitening.
         advantages (`torch.Tensor` of shape `(B, T)`): before whitening.
@@ -65,18 +65,19 @@ def rollout_statistics(
     per_sequence = checks.clear(kl, mask).sum(-1)
     paid = checks.clear(rewards, mask).sum(-1)
     scored = ~scores.isnan()
+    taught = mask & scored[:, None]
     statistics = {
         "kl": masked_mean(per_sequence, torch.ones_like(scored)),
         "kl_per_token": masked_mean(kl, mask),
         "rlhf_reward": masked_mean(paid, scored),
-        "advantages/mean": masked_mean(advantages, mask),
-        "advantages/std": masked_var(advantages, mask).sqrt(),
+        "advantages/mean": masked_mean(advantages, taught),
+        "advantages/std": masked_var(advantages, taught).sqrt(),
     }
     if values is not None and returns is not None:
         checks.check_masked(mask, values=values, returns=returns)
-        statistics["value/mean"] = masked_mean(values, mask)
-        statistics["value/explained_variance"] = explained_variance(values, returns, mask)
-        statistics["returns/mean"] = masked_mean(returns, mask)
+        statistics["value/mean"] = masked_mean(values, taught)
+        statistics["value/explained_variance"] = explained_variance(values, returns, taught)
+        statistics["returns/mean"] = masked_mean(returns, taught)
     return statistics
 
 

@@ -17,7 +17,13 @@ from transformers.utils import logging
 
 from .base_quantization import save_base_quantization
 from .hub import local_folder
-from .reward_checkpoints import plain_dtype, save_reward_config, saved_aggregation, saved_normalization
+from .reward_checkpoints import (
+    is_saved_critic,
+    plain_dtype,
+    save_reward_config,
+    saved_aggregation,
+    saved_normalization,
+)
 from .roles import POLICY
 
 
@@ -26,53 +32,61 @@ logger = logging.get_logger(__name__)
 HEAD_KEY = "base_model.model.score.weight"
 
 
-def read_scalar_adapter(folder: str) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor]:
+def read_scalar_adapter(
+    folder: str, field: str = "reward_adapter"
+) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor]:
     """Read a reward or critic adapter: its LoRA config, its LoRA weights, and its head `(1, H)`.
 
     Args:
         folder (`str`):
             A folder, an id on the Hub, or `owner/name/reward` for a folder of a repository.
+        field (`str`, *optional*, defaults to `"reward_adapter"`):
+            The argument that named it, for messages; a saved critic is read as `"critic_model"` alone.
 
     Raises:
-        ValueError: `folder` does not exist, is no LoRA adapter, or has no head (a random one would be a silent error).
+        ValueError: `folder` does not exist, is no LoRA adapter, is a critic, or has no head (a random one would be a
+            silent error).
     """
     try:
         folder = local_folder(folder)
     except ValueError as error:
         raise ValueError(
-            f"reward_adapter={folder!r} has no adapter_config.json: {error} Pass the folder "
+            f"{field}={folder!r} has no adapter_config.json: {error} Pass the folder "
             "that PreferenceRewardTrainer saved."
         ) from error
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ValueError(
-            f"reward_adapter={folder!r} has no adapter_config.json. Pass the folder that PreferenceRewardTrainer "
+            f"{field}={folder!r} has no adapter_config.json. Pass the folder that PreferenceRewardTrainer "
             "saved with a LoRA peft_config, or give a full reward model in `reward_funcs`."
         )
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"reward_adapter={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base."
-        )
+        raise ValueError(f"{field}={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base.")
     if saved_aggregation(folder) != "last":
         raise ValueError(
-            f"reward_adapter={folder!r} was trained with reward_aggregation={saved_aggregation(folder)!r}, but an "
+            f"{field}={folder!r} was trained with reward_aggregation={saved_aggregation(folder)!r}, but an "
             "adapter on the policy's base is read at the last token. Load it with `load_reward_model` and pass it in "
             "`reward_funcs`."
+        )
+    if field == "reward_adapter" and is_saved_critic(folder):
+        raise ValueError(
+            f"{field}={folder!r} is a critic that PPO saved: its values would be paid as scores. Pass it as "
+            "critic_model=, and the reward adapter as reward_adapter=."
         )
     weights = load_peft_weights(folder, device="cpu")
     head = weights.pop(HEAD_KEY, None)
     if head is None:
         raise ValueError(
-            f"reward_adapter={folder!r} holds no {HEAD_KEY!r}: its head was not saved. Train it with "
+            f"{field}={folder!r} holds no {HEAD_KEY!r}: its head was not saved. Train it with "
             "modules_to_save=['score'], as PreferenceRewardTrainer does."
         )
     others = [name for name in weights if ".lora_" not in name]
     if others:
         raise ValueError(
-            f"reward_adapter={folder!r} trains more than LoRA weights and the head ({others[0]!r} and "
+            f"{field}={folder!r} trains more than LoRA weights and the head ({others[0]!r} and "
             f"{len(others) - 1} more), which roles on one base cannot share. Save only 'score' with it."
         )
-    check_leaves_base(config, f"reward_adapter={folder!r}")
+    check_leaves_base(config, f"{field}={folder!r}")
     config = copy.copy(config)
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
     return config, weights, head
@@ -97,18 +111,20 @@ def check_leaves_base(config: PeftConfig, what: str) -> None:
         )
 
 
-def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> tuple[torch.Tensor, tuple[float, float]]:
+def add_scalar_adapter(
+    model: PeftModel, name: str, folder: str, field: str = "reward_adapter"
+) -> tuple[torch.Tensor, tuple[float, float]]:
     """Add the adapter of `folder` to `model` as `name`; return its head `(1, H)` in float32, and gain and bias.
 
     Raises:
         ValueError: the weights do not fit the base (another architecture or size).
     """
-    config, weights, head = read_scalar_adapter(folder)
+    config, weights, head = read_scalar_adapter(folder, field)
     trained_on, base = config.base_model_name_or_path, model.get_base_model().config._name_or_path
     if trained_on and base and os.path.realpath(trained_on) != os.path.realpath(base):
         # Two names may mean one model, so it is no error; equal shapes do not show that they do.
         logger.warning(
-            f"reward_adapter={folder!r} was trained on {trained_on!r}, the policy's base is {base!r}. If these are "
+            f"{field}={folder!r} was trained on {trained_on!r}, the policy's base is {base!r}. If these are "
             "different weights its scores mean nothing."
         )
     model.add_adapter(name, config)
@@ -116,13 +132,13 @@ def add_scalar_adapter(model: PeftModel, name: str, folder: str) -> tuple[torch.
     if expected != set(weights):
         odd = sorted(expected.symmetric_difference(weights))
         raise ValueError(
-            f"reward_adapter={folder!r} does not fit the policy's base: {len(odd)} weights differ, {odd[0]!r} first. "
-            "Train the reward model on the same base model."
+            f"{field}={folder!r} does not fit the policy's base: {len(odd)} weights differ, {odd[0]!r} first. "
+            "It has to be trained on the same base model."
         )
     try:
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
-        raise ValueError(f"reward_adapter={folder!r} does not fit the policy's base: {error}") from error
+        raise ValueError(f"{field}={folder!r} does not fit the policy's base: {error}") from error
     return head.float(), saved_normalization(local_folder(folder)) or (1.0, 0.0)
 
 
@@ -177,6 +193,7 @@ def save_scalar_adapter(
     folder: str,
     state: dict[str, torch.Tensor] | None = None,
     normalization: tuple[float, float] = (1.0, 0.0),
+    is_critic: bool = False,
 ) -> None:
     """Write adapter `name` and its head so that PEFT loads them as a sequence classifier, with no foreign key.
 
@@ -185,10 +202,12 @@ def save_scalar_adapter(
             Whole weights under the names of `model`'s state, for a model that is in pieces.
         normalization (`tuple[float, float]`, *optional*):
             Gain and bias of the head.
+        is_critic (`bool`, *optional*, defaults to `False`):
+            Whether its numbers are values and no scores.
     """
     weights = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
     _write_adapter(model, name, folder, {**weights, HEAD_KEY: head}, "SEQ_CLS", ["score"])
-    save_reward_config(folder, "last", plain_dtype(model.get_base_model()), normalization)
+    save_reward_config(folder, "last", plain_dtype(model.get_base_model()), normalization, is_critic=is_critic)
 
 
 def save_lm_adapter(model: PeftModel, name: str, folder: str, state: dict[str, torch.Tensor] | None = None) -> None:

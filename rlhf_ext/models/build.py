@@ -123,7 +123,7 @@ def build_roles(
     model: nn.Module,
     *,
     critic: str,
-    critic_model: nn.Module | None = None,
+    critic_model: nn.Module | str | None = None,
     reward_adapter: str | None = None,
     value_unit: tuple[float, float] = (1.0, 0.0),
     peft_config: PeftConfig | None = None,
@@ -139,8 +139,8 @@ def build_roles(
             `"model"`: `critic_model` becomes the submodule `critic` of the base. `"adapter"`: the reward adapter is
             added twice, frozen as `reward` and trainable as `critic`. `"shared"`: added once, frozen, with a second,
             trainable head for the values. `"none"`: no values.
-        critic_model (`PreTrainedModel` or `PeftModel`, *optional*):
-            Sequence classifier with one label.
+        critic_model (`PreTrainedModel`, `PeftModel` or `str`, *optional*):
+            Sequence classifier with one label; for `"adapter"` the folder of a critic adapter to start from.
         reward_adapter (`str`, *optional*):
             Folder or Hub id of a reward adapter trained on the same base.
         value_unit (`tuple[float, float]`, *optional*):
@@ -196,10 +196,12 @@ def build_roles(
     if reward_adapter is not None:
         weight, (gain, bias) = add_scalar_adapter(model, REWARD, reward_adapter)
         heads[REWARD] = ScalarHead(weight, gain, bias, trainable=False)
-        if critic == "adapter":
+        unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
+        if critic == "adapter" and critic_model is not None:  # in the unit that PPO pays in already
+            weight, unit = add_scalar_adapter(model, CRITIC, critic_model, field="critic_model")
+        elif critic == "adapter":
             add_scalar_adapter(model, CRITIC, reward_adapter)
         if critic in ("adapter", "shared"):
-            unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
             heads[CRITIC] = ScalarHead(weight * unit[0], 1.0, unit[1], trainable=True)
     roles = Roles(model, RoleSwitch(model), reference, REFERENCE if is_peft and not fresh else None, target)
     # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the

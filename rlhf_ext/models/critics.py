@@ -43,7 +43,7 @@ def choose_critic(
     reads_values: bool,
     policy_processing_class: PreTrainedTokenizerBase,
     trust_remote_code: bool = False,
-) -> tuple[str, nn.Module | None]:
+) -> tuple[str, nn.Module | str | None]:
     """Settle which critic a run has, and build it where it is a model of its own.
 
     Args:
@@ -56,7 +56,8 @@ def choose_critic(
             Whether the advantage estimator reads values at all.
 
     Returns:
-        `tuple[str, nn.Module | None]`: `"adapter"`, `"shared"`, `"model"` or `"none"`, and the model for `"model"`.
+        `tuple[str, nn.Module | str | None]`: `"adapter"`, `"shared"`, `"model"` or `"none"`, and the model for
+        `"model"`, the folder of a saved critic for `"adapter"` if one was given.
 
     Raises:
         ValueError: the critic cannot be built from what was given.
@@ -65,9 +66,14 @@ def choose_critic(
         critic = "none" if not reads_values else "adapter" if reward_adapter is not None else "model"
     if critic in ("adapter", "shared") and reward_adapter is None:
         raise ValueError(f"critic={critic!r} starts from a `reward_adapter`, which was not given. Pass its folder.")
+    if critic == "adapter" and isinstance(critic_model, str):
+        return critic, critic_model
     if critic != "model":
         if critic_model is not None:
-            raise ValueError(f"critic_model was given, but critic={critic!r} does not read it. Set critic='model'.")
+            raise ValueError(
+                f"critic_model was given, but critic={critic!r} does not read it. Set critic='model', or with a "
+                "reward_adapter and critic='adapter' pass the folder of a critic adapter."
+            )
         return critic, None
     if isinstance(critic_model, str):
         if is_inside_repo(critic_model):
@@ -128,6 +134,11 @@ def critic_from_reward(reward_model: nn.Module, gain: float = 1.0, bias: float =
     What trains is float32: in bf16 an update at PPO's learning rates rounds to nothing.
     """
     classifier_of(reward_model)  # refuses what has no scalar head, before anything is copied
+    if not isinstance(reward_model, PeftModel) and getattr(reward_model, "quantization_method", None) is not None:
+        raise ValueError(
+            "The critic starts from a quantised model without adapters, whose weights cannot train. Pass a "
+            "`critic_model` with adapters or in full precision, a `reward_adapter`, or critic='none'."
+        )
     critic = without_cpu_packing(copy.deepcopy(reward_model)).train()
     head = classifier_of(critic).score
     if isinstance(critic, PeftModel):

@@ -35,6 +35,7 @@ def only_live_rows(model: nn.Module) -> Iterator[None]:
     """
     base = base_of(model)
     own_way = type(base).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    own_way = own_way or not base._supports_default_dynamic_cache()  # a state of another name (RWKV)
     if own_way or any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         yield
         return
@@ -92,7 +93,7 @@ def sample_live_rows(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", cache)  # some give none back: theirs is changed in place
         scores = logits_processor(ids, output.logits[:, -1].float())
         new = (draw(scores) if generation_config.do_sample else scores.argmax(-1))[:, None]
         ids, mask = torch.cat([ids, new], dim=1), torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

@@ -130,6 +130,11 @@ def saved_aggregation(path: str) -> str:
     return _read_json(find_file(path, REWARD_FILE)).get("reward_aggregation", "last")
 
 
+def is_saved_critic(path: str) -> bool:
+    """Whether `path` holds the critic of a PPO run: a value at each token, and no score."""
+    return bool(_read_json(find_file(path, REWARD_FILE)).get("is_critic", False))
+
+
 def saved_normalization(path: str) -> tuple[float, float] | None:
     """Gain and bias of the scores of the reward model in `path`; `None` where none were saved."""
     saved = _read_json(find_file(path, REWARD_FILE))
@@ -276,16 +281,20 @@ def save_reward_config(
     backbone_dtype: torch.dtype | None,
     normalization: tuple[float, float] = (1.0, 0.0),
     training: tuple[float, float] = (1.0, 0.0),
+    is_critic: bool = False,
 ) -> None:
     """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain.
 
     `training`: the gain that the loss saw, which stays when gain and bias are set anew, and the noise it allowed for.
+    `is_critic`: its numbers are values, which nothing may be paid by.
     """
     saved: dict[str, Any] = {"reward_aggregation": aggregation}
     if normalization != (1.0, 0.0):
         saved["score_gain"], saved["score_bias"] = normalization
     if training != (1.0, 0.0):
         saved["training_gain"], saved["prediction_noise"] = training
+    if is_critic:
+        saved["is_critic"] = True
     if backbone_dtype is not None:
         saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
     with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:

@@ -55,6 +55,8 @@ class ModelReward:
             Whether the two vocabularies are the same.
         eos_token_ids (`set[int]`):
             The policy's ids that finish a completion; set it where there are more than the tokenizer's.
+        chat_template_kwargs (`dict`):
+            What messages are rendered with, as the policy's prompts are; the trainer sets it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ModelReward:
         self.policy_processing_class = policy_processing_class
         self.shares_tokenizer = self.processing_class.get_vocab() == policy_processing_class.get_vocab()
         self.eos_token_ids: set[int] = {policy_processing_class.eos_token_id} - {None}
+        self.chat_template_kwargs: dict[str, Any] = {}
 
     @property
     def log_odds(self) -> tuple[float, float]:
@@ -176,7 +179,7 @@ class ModelReward:
         if isinstance(prompt, str):
             return self.processing_class(text=prompt)["input_ids"]
         return self.processing_class.apply_chat_template(
-            prompt, tokenize=True, return_dict=True, add_generation_prompt=True
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **self.chat_template_kwargs
         )["input_ids"]
 
     def _text_ids(self, prompt: Text, completion: Text, finished: bool) -> list[int]:
@@ -187,7 +190,11 @@ class ModelReward:
             return self.processing_class(text=text)["input_ids"]
         # An open last turn is what the template knows of a cut answer; the closed one is what reward training read.
         ids = self.processing_class.apply_chat_template(
-            [*prompt, *completion], tokenize=True, return_dict=True, continue_final_message=not finished
+            [*prompt, *completion],
+            tokenize=True,
+            return_dict=True,
+            continue_final_message=not finished,
+            **self.chat_template_kwargs,
         )["input_ids"]
         start = common_prefix_length(self._prompt_ids(prompt), ids)
         return end_at_closer(ids, start, self.processing_class) if finished else ids

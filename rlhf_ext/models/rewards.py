@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..functional.batching import length_chunks
 from .ensembles import is_reward_ensemble, load_reward_ensemble
 from .hub import is_inside_repo, local_folder
+from .reward_checkpoints import is_saved_critic
 from .roles import REWARD, SCORE_AND_VALUE
 from .score_wrappers import EnsembleSpread, ScoreWrapper
 from .scoring import ModelReward, checked_reward, last_token_scores, load_reward_model
@@ -124,6 +125,19 @@ def resolve_rewards(
     ]
 
 
+def resolve_probes(
+    probe_funcs: Any, policy_processing_class: PreTrainedTokenizerBase, **options: Any
+) -> list[Callable[..., Any]]:
+    """As [`resolve_rewards`], for rewards that are only looked at; they are not awaited.
+
+    Raises:
+        ValueError: a probe is a coroutine.
+    """
+    for func in _as_list(probe_funcs):
+        _refuse_async(func, "probe_funcs")
+    return resolve_rewards(probe_funcs, None, policy_processing_class, **options)
+
+
 def resolve_token_rewards(
     token_reward_funcs: Any,
     policy_processing_class: PreTrainedTokenizerBase,
@@ -156,7 +170,9 @@ def load_reward(
     """The frozen reward model that `func` is or names, and its tokenizer; `None` for a Python function."""
     if isinstance(func, str):
         func = local_folder(func) if is_inside_repo(func) else func
-        func = load_reward_model(func, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        path, func = func, load_reward_model(func, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        if is_saved_critic(path):
+            raise ValueError(f"{path!r} is a critic that PPO saved: its values are no scores. Pass a reward model.")
     if not isinstance(func, nn.Module):
         return None, None
     name = getattr(func.config, "_name_or_path", "")
@@ -181,6 +197,8 @@ def resolve_reward(
         func.inner = resolve_reward(func.inner, leaf, policy_processing_class)
         func.bind(policy_processing_class)
     elif isinstance(func, EnsembleSpread):
+        for member in func.members:
+            _refuse_async(member, type(func).__name__)
         func = copy.copy(func)
         func.members = [resolve_reward(member, leaf, policy_processing_class) for member in func.members]
     else:

@@ -5,6 +5,7 @@ The layers stay in place: their `forward` is set on the instance and taken off a
 attributes are untouched.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .base_quantization import quantization_of
+from .checkpoints import weights_digest
 
 
 logger = logging.get_logger(__name__)
@@ -80,12 +82,7 @@ class TrunkCache:
         self._lower = layers[:num_layers]
         self._check(base)
         self.max_bytes, self.enabled, self._told_full = max_bytes, True, False
-        self._origin = {
-            "base": str(base.config._name_or_path),
-            "quantization": json.dumps(quantization_of(base.config), default=str, sort_keys=True),
-            "dtype": str(base.dtype),
-            "layers": str(num_layers),
-        }
+        self._base = base
         self.texts: dict[bytes, torch.Tensor] = {} if shared is None else shared.texts
         self.num_computed = self.num_replayed = 0
         self._replayed: torch.Tensor | None = None
@@ -111,17 +108,27 @@ class TrunkCache:
         tensors = {key.hex(): text.contiguous() for key, text in self.texts.items()}
         save_file(tensors, str(path), metadata=self._origin)
 
+    @functools.cached_property
+    def _origin(self) -> dict[str, str]:
+        """What made the texts: the frozen layers by their weights, since one base may lie under two names."""
+        return {
+            "weights": weights_digest(nn.ModuleList([*_before_the_layers(self._base), *self._lower])),
+            "quantization": json.dumps(quantization_of(self._base.config), default=str, sort_keys=True),
+            "dtype": str(self._base.dtype),
+            "layers": str(len(self._lower)),
+        }
+
     def load(self, path: str | os.PathLike) -> None:
         """Add the texts of a file.
 
         Raises:
-            ValueError: they were written under another base, quantisation, dtype or number of layers.
+            ValueError: they were written under other weights, quantisation, dtype or number of layers.
         """
         with safe_open(str(path), framework="pt") as file:
             written = file.metadata() or {}
             odd = {name: (written.get(name), now) for name, now in self._origin.items() if written.get(name) != now}
             if odd:
-                raise ValueError(f"{str(path)!r} holds another trunk's texts: {odd} (then, now). Fill the cache anew.")
+                raise ValueError(f"{str(path)!r} holds another trunk's texts: {odd} (then, now).")
             self.texts.update({bytes.fromhex(key): file.get_tensor(key) for key in file.keys()})
 
     def remove(self) -> None:

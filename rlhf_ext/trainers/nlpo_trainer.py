@@ -91,8 +91,10 @@ class NLPOTrainer(PPOTrainer):
     def _old_logps(self, batch: dict[str, Any], raw: torch.Tensor, mode: str) -> torch.Tensor:
         if not self.masks:
             return super()._old_logps(batch, raw, mode)
-        # Rows are those of the batch; the last columns were sampled after every row had ended.
-        batch["token_masks"] = self._masked_generate.packed[:, : batch["completion_ids"].size(1)]
+        # Rows are those of the batch; the last columns were sampled after every row had ended, or are padding that
+        # the parent added (`pad_to_multiple_of`).
+        packed, length = self._masked_generate.packed, batch["completion_ids"].size(1)
+        batch["token_masks"] = nn.functional.pad(packed[:, :length], (0, 0, 0, max(0, length - packed.size(1))))
         allowed = unpack_mask(batch["token_masks"][token_mask(batch)], self._vocab_size()).sum(-1).float()
         self._note({"nlpo/allowed_tokens": allowed.mean()}, allowed.numel())
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
@@ -135,7 +137,10 @@ class NLPOTrainer(PPOTrainer):
         self._outputs = SimpleNamespace(log_probs=logps, entropy=entropy)
         return logps, entropy, None
 
-    # The masking policy goes with the checkpoint
+    # The masking policy goes with the checkpoint, whose rollout was sampled under its masks
+
+    def _run_shape(self) -> dict[str, Any]:
+        return super()._run_shape() | {name: getattr(self.args, name) for name in ("mask_top_p", "mask_min_tokens")}
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -20,7 +20,8 @@ from ..models.sharding import add_frozen, is_in_pieces
 
 
 # A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
-# reached otherwise. A learning rate comes back with the schedule, so that another one would be passed over in silence.
+# reached otherwise, or its log-probabilities would be those of another distribution. A learning rate comes back with
+# the schedule, so that another one would be passed over in silence.
 SAME_ON_RESUME = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -28,6 +29,7 @@ SAME_ON_RESUME = (
     "num_iterations",
     "num_generations",
     "max_completion_length",
+    "temperature",
     "seed",
     "data_seed",
     "policy_objective",
@@ -191,6 +193,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
                 "last",
                 plain_dtype(classifier_of(base.critic)),
                 normalization_of(base.critic),
+                is_critic=True,
             )
             self.processing_class.save_pretrained(os.path.join(folder, CRITIC))
         for name in (CRITIC, REWARD):
@@ -198,7 +201,8 @@ class CheckpointMixin(CompleteCheckpointMixin):
                 adapter = REWARD if self.critic == "shared" else name
                 head = next(tensor for key, tensor in state.items() if key.endswith(f".{name}_head.weight"))
                 unit = getattr(base, f"{name}_head").score_normalization
-                save_scalar_adapter(self.roles.model, adapter, head, os.path.join(folder, name), state, unit)
+                place = os.path.join(folder, name)
+                save_scalar_adapter(self.roles.model, adapter, head, place, state, unit, is_critic=name == CRITIC)
                 self.processing_class.save_pretrained(os.path.join(folder, name))
 
 

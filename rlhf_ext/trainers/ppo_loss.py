@@ -20,7 +20,6 @@ class LossMixin:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if self.model.training:
             return self._loss_of_both(model, inputs)
-        self._noted["eval"].clear()  # of a batch that raised
         loss = self._loss_of_both(model, inputs)
         self._log_step("eval")
         return loss

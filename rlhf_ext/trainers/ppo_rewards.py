@@ -25,6 +25,7 @@ class RewardsMixin:
             given = {key: [row[key] for row in rows] for key in rows[0] if key not in _NAMED}
             given |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
             given |= {"trainer_state": self.state, "log_metric": self._log_metric}
+            given |= {"log_extra": self._log_completion_extra}
             self._pay_tokens(given)
             self._look(given)
         return rewards_per_func

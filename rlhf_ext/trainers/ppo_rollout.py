@@ -69,6 +69,8 @@ class RolloutMixin:
             rollout["kl"] = torch.where(mask, estimate_kl(logps, reference, estimator="k1"), 0.0)
             charged = torch.where(mask, estimate_kl(logps, reference, estimator=self.args.kl_estimator), 0.0)
         scored = ~rollout["scores"].isnan()
+        # A row without a score teaches nothing, not even through the moments.
+        scored_mask = rollout["scored_mask"] = mask & scored[:, None]
         rollout["rewards"] = shape_rewards(
             torch.where(scored, rollout["scores"], 0.0),
             charged,
@@ -77,8 +79,6 @@ class RolloutMixin:
             token_rewards=pad_rows(self._token_rewards, like=logps) if self.token_rewards else None,
         )
         rollout["raw_rewards"] = rollout["rewards"]
-        # A row without a score teaches nothing, not even through the moments.
-        scored_mask = mask & scored[:, None]
         if self.args.whiten_rewards:
             rollout["rewards"] = self._whiten(rollout["rewards"], scored_mask, shift_mean=False)
         if self.critic != "none":
@@ -99,8 +99,9 @@ class RolloutMixin:
 
         Args:
             batch (`dict[str, torch.Tensor]`):
-                `rewards`, `mask` and, with a critic, `values` of shape `(B, C)` (the value before token t), and
-                `bootstrap_values` of shape `(B,)` with `bootstrap_truncated`.
+                `rewards`, `mask`, `scored_mask` (without rows that no reward scored) and, with a critic, `values` of
+                shape `(B, C)` (the value before token t), and `bootstrap_values` of shape `(B,)` with
+                `bootstrap_truncated`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: both `(B, C)`, 0 where the mask is False.
@@ -122,7 +123,7 @@ class RolloutMixin:
             )
         returns = discounted_returns(rewards, mask, gamma=self.args.gamma)
         if self.args.baseline == "batch_mean":
-            mean = masked_mean(self._gather(returns), self._gather(mask.long()).bool())
+            mean = masked_mean(self._gather(returns), self._gather(batch["scored_mask"].long()).bool())
             values = mean.expand(mask.shape)
         return baseline_advantages(returns, values, mask), returns
 
@@ -212,7 +213,8 @@ class RolloutMixin:
         for _ in range(min(len(per_row), len(self._logs["advantages"]))):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(per_row.tolist())
-        if mode == "train" and self.kl_controller is not None:
+        # While the critic warms up the KL is that of a policy that stands still.
+        if mode == "train" and self.kl_controller is not None and not self._is_warm_up(self._step):
             self.kl_controller.update(statistics["kl"].item(), len(everywhere["scores"]))
 
     def _log_completions(self, batch: dict[str, torch.Tensor], mode: str) -> None:

@@ -42,6 +42,10 @@ class StepMetricsMixin:
     An evaluation has no steps: there each batch is one.
     """
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._noted["eval"].clear()  # of a batch that raised
+        return super().prediction_step(*args, **kwargs)
+
     def _begin_notes(self) -> None:
         self._noted: dict[str, dict[str, list[torch.Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(StepNumbers(self))

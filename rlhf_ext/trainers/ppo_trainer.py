@@ -29,7 +29,14 @@ from ..models.fused_head import tile_fused_head
 from ..models.generation import without_generation_defaults
 from ..models.hub import known_commit, local_folder, with_base_revision
 from ..models.positions import count_positions_from_mask
-from ..models.rewards import AdapterReward, adapter_of, resolve_reward, resolve_rewards, resolve_token_rewards
+from ..models.rewards import (
+    AdapterReward,
+    adapter_of,
+    resolve_probes,
+    resolve_reward,
+    resolve_rewards,
+    resolve_token_rewards,
+)
 from ..models.roles import checkpoint_context
 from ..models.score_wrappers import CutAt, ScoreWrapper, parts_of, unit_of
 from ..models.scoring import ModelReward, saved_normalization
@@ -86,7 +93,8 @@ class PPOTrainer(
             Puts a fresh adapter on the policy. The reference is then the bare base.
         critic_model (`str`, `PreTrainedModel` or `PeftModel`, *optional*):
             Critic of its own for `critic="model"`, a sequence classifier with one label and the policy's tokenizer.
-            If not given it starts as a copy of the reward model.
+            With `critic="adapter"` the folder of a critic adapter, such as the `critic/` of an earlier run. If not
+            given it starts as a copy of the reward model.
         reward_adapter (`str`, *optional*):
             Folder of a reward adapter that was trained on the same base. It is the first reward (so the first of
             `args.reward_weights`), is added to the policy's base, and the
@@ -165,7 +173,7 @@ class PPOTrainer(
         )
         options = {"batch_size": batch_size, "trust_remote_code": args.trust_remote_code}
         self.token_rewards = resolve_token_rewards(token_reward_funcs, tokenizer, **options)
-        self.probes = resolve_rewards(probe_funcs, None, tokenizer, **options)
+        self.probes = resolve_probes(probe_funcs, tokenizer, **options)
         if not rewards and reward_adapter is None:
             if not self.token_rewards:
                 raise ValueError(
@@ -191,7 +199,7 @@ class PPOTrainer(
                 name,
                 tokenizer,
                 max_completion_length=args.max_completion_length,
-                max_positions=shortest_context(model, critic_model),
+                max_positions=shortest_context(model, None if isinstance(critic_model, str) else critic_model),
                 chat_template_kwargs=args.chat_template_kwargs,
             )
 
@@ -254,6 +262,8 @@ class PPOTrainer(
         for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:
             if hasattr(part, "eos_token_ids"):
                 part.eos_token_ids = set(self.eos_token_ids)
+            if hasattr(part, "chat_template_kwargs"):
+                part.chat_template_kwargs = dict(args.chat_template_kwargs or {})
             if isinstance(part, ModelReward):
                 part.model.to(self.accelerator.device)
         self.kl_controller = None

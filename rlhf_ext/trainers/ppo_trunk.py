@@ -97,4 +97,10 @@ class TrunkMixin:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self.trunk is not None and os.path.isfile(self._texts_file(checkpoint)):
-            self.trunk.load(self._texts_file(checkpoint))
+            try:
+                self.trunk.load(self._texts_file(checkpoint))
+            except ValueError as error:
+                raise ValueError(
+                    f"{checkpoint!r} was written on another base, or in another dtype or quantisation: {error} "
+                    "Resume with the same model."
+                ) from error

@@ -44,7 +44,7 @@ class UpdateMixin:
 
     _stopped = False
     _hidden: torch.Tensor | None = None
-    _old_heads: dict[str, torch.Tensor | None] = {"train": None, "eval": None}
+    _old_heads: dict[str, tuple[torch.Tensor, torch.Tensor | None] | None] = {"train": None, "eval": None}
 
     def _check_update(self) -> None:
         """Refuse what this launch cannot do; called once the accelerator is there."""
@@ -59,6 +59,19 @@ class UpdateMixin:
             raise ValueError(
                 f"critic_warmup_rollouts={args.critic_warmup_rollouts} with weight_decay={args.weight_decay} would "
                 "decay the policy under DeepSpeed. Set weight_decay to 0, or launch without DeepSpeed."
+            )
+        plugin = args.deepspeed_plugin
+        optimizer = {} if plugin is None else plugin.deepspeed_config.get("optimizer") or {}
+        if optimizer and args.critic_learning_rate is not None and self.critic != "none":
+            raise ValueError(
+                f"critic_learning_rate={args.critic_learning_rate} has no effect on the optimizer of the DeepSpeed "
+                "configuration, which has one rate. Remove its block `optimizer`, or set critic_learning_rate to None."
+            )
+        decay = optimizer.get("params", {}).get("weight_decay", 0.0)
+        if args.critic_warmup_rollouts and decay != "auto" and decay > 0:
+            raise ValueError(
+                f"critic_warmup_rollouts={args.critic_warmup_rollouts} with weight_decay={decay} in the DeepSpeed "
+                "configuration's `optimizer` would decay the policy. Set it to 0, or launch without DeepSpeed."
             )
         if self._some_epochs_rest and may_cut_weights(self):
             what = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
@@ -117,18 +130,19 @@ class UpdateMixin:
 
     def _remember_head(self, mode: str) -> None:
         """Keep the old policy's head where training moves it; else the live one is the old one."""
-        weight, _ = self._head()
+        head = self._head()
+        trains = any(part is not None and part.requires_grad for part in head)
+        old = tuple(None if part is None else part.detach().clone() for part in head) if trains else None
         # An evaluation in the middle of a rollout's epochs must not replace the head of that rollout.
-        self._old_heads = {**self._old_heads, mode: weight.detach().clone() if weight.requires_grad else None}
+        self._old_heads = {**self._old_heads, mode: old}
 
     def _kl_to_old(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """`(B, C)` exact KL(old || new) at the sampling temperature."""
-        weight, bias = self._head()
-        old = self._old_heads["train" if self.model.training else "eval"]
-        old = weight if old is None else old
+        new = self._head()
+        old = self._old_heads["train" if self.model.training else "eval"] or new
         scale = 1.0 / self.temperature
-        heads = [w if bias is None else (w * scale, bias * scale) for w in (old, weight)]
-        rows = [h * scale if bias is None else h for h in (batch["old_hidden"], hidden)]
+        heads = [w if b is None else (w * scale, b * scale) for w, b in (old, new)]
+        rows = [h * scale if new[1] is None else h for h in (batch["old_hidden"], hidden)]
         return exact_kl(rows[0], heads[0], rows[1], heads[1], token_mask(batch), chunk_size=CHUNK_TOKENS)
 
     # Terms of the loss
@@ -145,8 +159,8 @@ class UpdateMixin:
     @torch.no_grad()
     def _move_penalty(self) -> None:
         """After a rollout's last step: its KL, measured on all of its tokens, moves the coefficient of the next."""
-        if self.penalty_controller is None or self._buffered_inputs is None:
-            return
+        if self.penalty_controller is None or self._buffered_inputs is None or self._is_warm_up(self._step - 1):
+            return  # of a policy that stood still the KL is 0, and says nothing
         total = torch.zeros(2, device=self.accelerator.device)
         for batch in self._buffered_inputs:
             self._logps(self.model, batch, "train")

@@ -114,6 +114,18 @@ def test_r19_warm_up_moves_the_critic_alone(tmp_path):
         assert any(not is_critic(name) for name in moved) == (step >= 4), step
 
 
+def test_r19_controllers_wait_for_the_policy(tmp_path):
+    """A policy that stands still has a KL of 0, which says nothing about the coefficients."""
+    config = {"max_steps": 5, "num_iterations": 1, "critic_warmup_rollouts": 4}
+    trainer = make_trainer(tmp_path, policy_objective="penalty", penalty_kl_target=0.02, **config)
+    trainer.train()
+    assert [row["policy/penalty_coef"] for row in trainer.state.log_history[:-1]] == [1.0] * 5
+    trainer = make_trainer(tmp_path, adaptive_kl_target=6.0, kl_horizon=20, **config)
+    trainer.train()
+    coefs = [row["kl_coef"] for row in trainer.state.log_history[:-1]]
+    assert coefs == [0.05] * 5 and trainer.kl_coef < 0.05, "the fifth rollout moves it"
+
+
 def test_the_critic_rests_after_its_epochs(tmp_path, monkeypatch):
     """Three epochs a rollout, the critic in the first: then no forward of it, and Adam's memory moves no weight."""
     config = {"max_steps": 9, "num_iterations": 3, "critic_epochs": 1, "learning_rate": 1e-2, "weight_decay": 0.1}

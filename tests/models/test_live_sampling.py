@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, RecurrentGemmaConfig, RwkvConfig
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_ext.models import live_sampling
@@ -49,6 +49,23 @@ def test_greedy_texts_are_those_of_generate(kind, adapter):
     assert sizes[0] == len(PROMPTS) and sizes[-1] < len(PROMPTS), "rows have left the batch"
     again = model.generate(**batch, generation_config=config(tokenizer, eos))
     assert torch.equal(again, expected), "after the block it is the old one"
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
+def test_families_that_return_no_cache(kind):
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    if kind == "rwkv":
+        settings = RwkvConfig(**sizes, attention_hidden_size=16, context_length=64)
+    else:
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        settings = RecurrentGemmaConfig(**sizes, **heads, lru_width=16, attention_window_size=16)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    expected = model.generate(**batch, generation_config=config(tokenizer, None))
+    with only_live_rows(model):
+        assert torch.equal(model.generate(**batch, generation_config=config(tokenizer, None)), expected)
 
 
 def test_rows_are_drawn_alike_some_at_a_time_and_all_at_once(monkeypatch):

@@ -84,6 +84,13 @@ def test_two_adapters_share_the_texts(tmp_path):
     assert torch.equal(run(third, IDS, RIGHT)[0], expected) and loaded.num_computed == 0
     with pytest.raises(ValueError, match="another trunk's texts.*layers.*'1', '2'"):
         TrunkCache(adapted("llama"), 2).load(tmp_path / "texts.safetensors")
+    moved, other = adapted("llama", layers=(1, 2)), adapted("llama", layers=(1, 2))
+    moved.get_base_model().config._name_or_path = "a copy elsewhere"
+    TrunkCache(moved, 1).load(tmp_path / "texts.safetensors")
+    with torch.no_grad():
+        other.get_base_model().model.layers[0].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(ValueError, match="another trunk's texts.*weights"):
+        TrunkCache(other, 1).load(tmp_path / "texts.safetensors")
     ahead = TrunkCache(adapted("llama"), 1)
     ahead.fill(IDS, RIGHT)
     assert all(torch.equal(ahead.texts[key], text) for key, text in cache.texts.items())

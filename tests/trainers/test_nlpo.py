@@ -92,6 +92,18 @@ def test_it_trains_and_says_what_it_allows(tmp_path):
     assert all(1 <= value < trainer._vocab_size() for value in logged(trainer, "nlpo/allowed_tokens"))
 
 
+def test_columns_of_padding_have_masks_too(tmp_path):
+    trainer = make_nlpo(tmp_path, pad_to_multiple_of=16, max_steps=2)
+    trainer.train()
+    assert all(abs(row["policy/ratio_max"] - 1) < 1e-5 for row in trainer.state.log_history[:1])
+
+
+def test_an_evaluation_says_what_it_allows(tmp_path):
+    trainer = make_nlpo(tmp_path, per_device_eval_batch_size=8)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS})
+    assert 1 <= trainer.evaluate()["eval_nlpo/allowed_tokens"] < trainer._vocab_size()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

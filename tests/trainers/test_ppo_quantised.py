@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_ext.models.build import load_policy
 from rlhf_ext.models.merge import merge_adapters
@@ -129,3 +129,14 @@ def test_the_saved_adapter_says_that_its_base_was_quantised(tmp_path, folder, ca
     assert "another policy" in caplog.text
     trainer_on(tmp_path, folder, "fp32").save_model(str(tmp_path / "plain"))
     merge_adapters([str(tmp_path / "plain")], str(tmp_path / "merged"))
+
+
+def test_a_critic_cannot_start_from_a_quantised_model_without_adapters(folder, tmp_path):
+    classifier = tiny_reward_model("llama", tiny_tokenizer(), **SIZES)
+    classifier.save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    quantised = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "reward", quantization_config=QUANTISED["nf4"](), dtype=torch.float32
+    )
+    with pytest.raises(ValueError, match="quantised model without adapters.*critic_model"):
+        build(tmp_path, reward_funcs=quantised)

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from rlhf_ext.models.critics import critic_from_policy, critic_from_reward
 from rlhf_ext.models.reward_checkpoints import save_reward_config
+from rlhf_ext.models.score_wrappers import EnsembleSpread
 from rlhf_ext.models.scoring import load_reward_model
+from rlhf_ext.trainers.ppo_rollout import whole_rows
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.test_ppo_roles import (
     Adapters,
@@ -198,3 +202,65 @@ def test_a_dora_critic_trains_its_magnitudes(tmp_path, adapters):
     magnitudes = {n: p for n, p in trainer.model.named_parameters() if "magnitude" in n}
     assert any(".critic." in name for name in magnitudes)
     assert all(parameter.requires_grad == (".critic." in name) for name, parameter in magnitudes.items())
+
+
+def test_the_penalty_sees_a_bias_of_the_head_move(tmp_path):
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=len(tokenizer), **sizes, **ids))
+    assert policy.lm_head.bias is not None
+    config = {"policy_objective": "penalty", "steps_per_generation": 1, "gradient_accumulation_steps": 1}
+    trainer = build(tmp_path, policy, reward_funcs=length, config={**config, "per_device_train_batch_size": 8})
+    batch = rollout(trainer)
+    with torch.no_grad():
+        policy.lm_head.bias += torch.linspace(-1, 1, len(tokenizer))
+        trainer._logps(trainer.model, batch, "train")
+        found = trainer._kl_to_old(batch, trainer._take_hidden(batch))
+        logits = policy(*whole_rows(batch)).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
+    new = logits.double().log_softmax(-1)
+    old = (logits - torch.linspace(-1, 1, len(tokenizer))).double().log_softmax(-1)
+    expected = (old.exp() * (old - new)).sum(-1)[batch["completion_mask"].bool()]
+    assert expected.min() > 0.01
+    torch.testing.assert_close(found[batch["completion_mask"].bool()].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "block", "message"),
+    [
+        (
+            {"critic_learning_rate": 0.1},
+            {},
+            "critic_learning_rate=0.1 has no effect on the optimizer of the DeepSpeed",
+        ),
+        ({"critic_warmup_rollouts": 1}, {"weight_decay": 0.1}, "weight_decay=0.1 in the DeepSpeed configuration"),
+    ],
+)
+def test_an_optimizer_of_the_deepspeed_file_is_asked(tmp_path, config, block, message):
+    trainer = build(tmp_path, reward_funcs=length, config=config)
+    trainer._check_update()
+    settings = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, **block}}, "zero_optimization": {"stage": 2}}
+    trainer.args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    with pytest.raises(ValueError, match=message):
+        trainer._check_update()
+
+
+@pytest.mark.parametrize("given", ["function", "ensemble"])
+def test_a_coroutine_is_no_probe(tmp_path, given):
+    async def probe(prompts, **kwargs):
+        return [0.0] * len(prompts)
+
+    probes = [probe] if given == "function" else [EnsembleSpread([length, probe])]
+    with pytest.raises(ValueError, match="takes no coroutine"):
+        build(tmp_path, reward_funcs=length, probe_funcs=probes)
+
+
+def test_probes_may_write_columns_as_rewards_may(tmp_path):
+    def probe(prompts, log_extra, **kwargs):
+        log_extra("looked_at", ["yes"] * len(prompts))
+        return [0.0] * len(prompts)
+
+    trainer = build(tmp_path, reward_funcs=length, probe_funcs=[probe])
+    rollout(trainer)
+    assert set(trainer._logs["extra"]["looked_at"]) == {"yes"}

@@ -180,7 +180,9 @@ def test_nothing_to_resume(folder, tmp_path):
         build(folder, "full", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_iterations", 4), ("seed", 1), ("per_device_train_batch_size", 4)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_iterations", 4), ("seed", 1), ("per_device_train_batch_size", 4), ("temperature", 0.5)]
+)
 def test_another_shape_of_run_is_refused(folder, two, name, value):
     with pytest.raises(ValueError, match=f"{name}={value}, but .*checkpoint-6.* was written with"):
         build(folder, "full", two, **{name: value}).train(resume_from_checkpoint=True)

@@ -353,6 +353,29 @@ def test_messages_reach_functions_and_models(tmp_path):
     assert math.isfinite(logged(trainer, "value_loss")[0])
 
 
+def test_flags_of_the_chat_template_reach_reward_models(tmp_path):
+    """A reward model with a tokenizer of its own renders the messages itself, and as the policy does."""
+    tokenizer = tiny_tokenizer()
+    other = tiny_tokenizer(words=["the", "cat", "good", "bad", "user", "assistant", "w1"])
+    other.chat_template = "{{ 'good ' if flag is defined and flag else 'bad ' }}" + tokenizer.chat_template
+    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    found = []
+    for flag in (True, False):
+        trainer = build(
+            tmp_path,
+            rows=Dataset.from_dict({"prompt": messages}),
+            reward_funcs=tiny_reward_model("llama", other, seed=1),
+            reward_processing_classes=other,
+            critic_model=tiny_reward_model("llama", tokenizer, seed=1),
+            config={"chat_template_kwargs": {"flag": flag}},
+        )
+        found.append(
+            trainer.reward_funcs[0].reward._text_ids(messages[0], [{"role": "assistant", "content": "cat"}], True)
+        )
+    good, bad = other("good bad")["input_ids"][:2]
+    assert found[0][0] == good and found[1][0] == bad and found[0][1:] == found[1][1:]
+
+
 def test_several_rewards_are_summed_with_their_weights(tmp_path):
     model = tiny_reward_model("llama", tiny_tokenizer(), seed=1)
     trainer = build(
@@ -389,6 +412,18 @@ def test_rows_without_a_score_teach_nothing(tmp_path):
     torch.testing.assert_close(stored["batch"]["rewards"][2:], rewards, atol=1e-5, rtol=0)
     expected = masked_whiten(stored["found"][0][2:], mask[2:])
     torch.testing.assert_close(batch["advantages"][2:], expected, atol=1e-5, rtol=0)
+
+
+def test_a_row_without_a_score_is_in_no_baseline(tmp_path):
+    """All others score 10: against their own mean none of them is better, and that is what is logged."""
+
+    def reward(prompts, **kwargs):
+        return [None if i < 4 else 10.0 for i in range(len(prompts))]
+
+    config = {"advantage_estimator": "returns", "baseline": "batch_mean", "critic": "none", "kl_coef": 0.0}
+    trainer = build(tmp_path, reward_funcs=reward, config={**config, "whiten_advantages": False})
+    assert rollout(trainer)["advantages"].abs().max() < 1e-5
+    assert trainer._metrics["train"]["advantages/std"][-1] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_group_with_a_missing_score_teaches_nothing(tmp_path):

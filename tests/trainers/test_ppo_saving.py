@@ -163,7 +163,7 @@ def test_the_next_run_starts_from_the_saved_policy_and_critic(full, tmp_path):
     args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_completion_length=6)
     following = PPOTrainer(
         model=str(folder / "saved"),
-        reward_funcs=str(folder / "saved" / "critic"),
+        reward_funcs=lambda prompts, **kwargs: [0.0] * len(prompts),
         critic_model=str(folder / "saved" / "critic"),
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
@@ -215,6 +215,27 @@ def test_saved_adapters_start_the_next_run(one_base, tmp_path):
     assert (tmp_path / "saved" / "ref").is_dir(), "merging tells by it that the adapter went on from another"
     policy = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "saved"))
     torch.testing.assert_close(logits(policy), logits(trainer.model))
+
+
+def test_a_saved_critic_adapter_starts_the_next_critic(one_base, tmp_path):
+    """The next run is paid by the reward adapter, as the first was, and values begin where they ended."""
+    trainer, folder = one_base
+    config = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 6}
+    arguments = {
+        "model": str(folder / "saved"),
+        "args": PPOConfig(output_dir=str(tmp_path), **config),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+    }
+    saved = folder / "saved"
+    following = PPOTrainer(**arguments, reward_adapter=str(saved / "reward"), critic_model=str(saved / "critic"))
+    for role in ("critic", "reward"):
+        torch.testing.assert_close(outputs(following, role), outputs(trainer, role), atol=1e-5, rtol=0)
+    assert following.critic == "adapter"
+    assert any(p.requires_grad for name, p in following.model.named_parameters() if ".critic." in name)
+    with pytest.raises(ValueError, match="is a critic that PPO saved.*critic_model="):
+        PPOTrainer(**arguments, reward_adapter=str(saved / "critic"))
+    with pytest.raises(ValueError, match="is a critic that PPO saved"):
+        PPOTrainer(**arguments, reward_funcs=str(saved / "critic"), critic_model=str(saved / "critic"))
 
 
 def test_training_arguments_hold_no_weights(one_base):
