@@ -114,7 +114,7 @@ def test_r19_warm_up_moves_the_critic_alone(tmp_path):
         assert any(not is_critic(name) for name in moved) == (step >= 4), step
 
 
-def test_r19_controllers_wait_for_the_policy(tmp_path):
+def test_controllers_wait_for_the_policy(tmp_path):
     """A policy that stands still has a KL of 0, which says nothing about the coefficients."""
     config = {"max_steps": 5, "num_iterations": 1, "critic_warmup_rollouts": 4}
     trainer = make_trainer(tmp_path, policy_objective="penalty", penalty_kl_target=0.02, **config)
