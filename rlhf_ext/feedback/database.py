@@ -54,7 +54,7 @@ class Database:
         # Threads of one process queue here: SQLite's own waiting is a poll that lets the unlucky starve.
         self._writing = threading.Lock()
         if self.is_sqlite:
-            _check_file(Path(self.url.database), create, without_passwords(str(location)))
+            _check_file(Path(self.url.database), create, shown_location(location))
         self.engine = _engine(self.url, self.is_sqlite)
         _forget_in_children(self)
         self._prepare(create)
@@ -106,7 +106,19 @@ class Database:
             )
 
     def __str__(self) -> str:
-        return self.url.database if self.is_sqlite else self.url.render_as_string(hide_password=True)
+        return self.url.database if self.is_sqlite else shown_location(self.url)
+
+
+def shown_location(location: str | Path | URL) -> str:
+    """Where a store lies, to be shown: without a password, whether it stands before the host or among the options."""
+    try:
+        url = make_url(location) if isinstance(location, URL) or "://" in str(location) else None
+    except (ArgumentError, ValueError):
+        url = None
+    if url is None:
+        return without_passwords(str(location))
+    query = {name: "***" if "password" in name.lower() else value for name, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
 
 
 def store_url(location: str | Path | URL) -> URL:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ..models.generation import end_token_ids, sample_completions
+from ..models.generation import end_token_ids, prompt_length, sample_completions
 from .constitution import Principle
 
 
@@ -128,6 +128,17 @@ class Reviser:
             for transcript, principle, *made in zip(transcripts, asked, critiques, revisions, cut, strict=True):
                 transcript.rounds.append(Round(principle.name, *made))
         return transcripts
+
+    def request_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of the longest request about each prompt, whichever principle is drawn, with answer, critique and
+        revision of `max_new_tokens` each."""
+        transcripts = [Transcript(prompt, "") for prompt in prompts]
+        turns = [[principle.critique, "", principle.revision] for principle in self.principles]
+        read = [
+            max(prompt_length(self.tokenizer, self._request(transcript, of_one)) for of_one in turns)
+            for transcript in transcripts
+        ]
+        return [length + 3 * self.max_new_tokens for length in read]
 
     def _draw(self, transcript: Transcript) -> list[Principle]:
         key = repr((self.seed, transcript.prompt, transcript.answer))

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..data.texts import without_passwords
 from . import queries
 from .answers import COUNTING, UNDO, check_answer
-from .database import Database
+from .database import Database, shown_location
 from .records import (
     Candidate,
     Label,
@@ -172,7 +172,7 @@ class LabelStore(StoreClaims, StoreReading):
         with self.database.write(exclusive=True) as connection:
             row = queries.lock(connection, comparison_id)
             if row is None:
-                raise LabelRefused("unknown", f"There is no comparison {comparison_id} in {self.database}.")
+                raise LabelRefused("unknown", f"There is no comparison {comparison_id}.")
             now = self.database.now(connection)
             value = check_answer(kind, value, row.num_candidates)
             if shown is not None:
@@ -267,7 +267,7 @@ def open_store(location: str | Path | URL, *, create: bool = True) -> LabelStore
         store = LabelStore(location, create=create)
         store.progress()
     except (ImportError, OSError, SQLAlchemyError, sqlite3.Error) as error:
-        shown, why = without_passwords(str(location)), without_passwords(" ".join(str(error).split())[:400])
+        shown, why = shown_location(location), without_passwords(" ".join(str(error).split())[:400])
         raise ValueError(
             f"`store` is {shown!r}, which cannot be opened ({type(error).__name__}: {why}). "
             "Give a file in a folder that exists, or postgresql://user@host/database of a server that runs and lets "

@@ -67,7 +67,7 @@ class StoreReading:
         with self.database.read() as connection:
             found = queries.fetch_comparisons(connection, [comparison_id])
         if comparison_id not in found:
-            raise LabelRefused("unknown", f"There is no comparison {comparison_id} in {self.database}.")
+            raise LabelRefused("unknown", f"There is no comparison {comparison_id}.")
         return found[comparison_id]
 
     def history(self, comparison_id: int) -> list[Label]:

@@ -22,7 +22,7 @@ def labels_due(share: float, *, total: int, initial_share: float = 0.25) -> floa
     """Labels asked for by the time that `share` of training is done: N (f + (1 - f) (1 - 0.01^share)).
 
     The schedule of the code beside the paper (nottombrown/rl-teacher): f of them before training, half of the rest in
-    its first sixth.
+    its first sixth. At the end it has asked for N less a hundredth of the rest.
 
     Args:
         share (`float`): Of training, from 0 to 1.

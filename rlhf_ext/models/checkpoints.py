@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -169,9 +170,11 @@ class CompleteCheckpointMixin:
                 shutil.rmtree(final.parent / ASIDE, ignore_errors=True)
             whole = [n for n in _numbers(final.parent) if _fault(final.parent / f"checkpoint-{n}") is None]
             last = f"the last one, checkpoint-{whole[-1]}, is whole" if whole else "there is none yet"
+            remedy = f"Free space in {str(final.parent)!r}, or lower `save_total_limit`, and resume."
+            if not isinstance(error, (OSError, SafetensorError)):
+                remedy = "This is no matter of the disk: see the error above."
             raise RuntimeError(
-                f"{final} could not be written ({type(error).__name__}: {error}); {last}. Free space in "
-                f"{str(final.parent)!r}, or lower `save_total_limit`, and resume."
+                f"{final} could not be written ({type(error).__name__}: {error}); {last}. {remedy}"
             ) from error
         finally:
             self._aside = False

@@ -74,6 +74,9 @@ def sample_completions(
             Ids that end an answer; by default the tokenizer's own alone.
         add_special_tokens (`bool`, *optional*, defaults to `True`):
             Off for texts that a chat template has written its special tokens into.
+
+    Raises:
+        ValueError: a prompt and its completion would not fit into the model's context.
     """
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     samples = Samples(repeated, [], [], [], [])
@@ -87,11 +90,17 @@ def sample_completions(
         **sampling,
     )
     device = next(model.parameters()).device
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     training = model.training
     model.eval()
     for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
         batch = _padded_prompts(tokenizer, repeated[start : start + batch_size], add_special_tokens)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        if context is not None and ids.size(1) + max_new_tokens > context:
+            raise ValueError(
+                f"A prompt of {ids.size(1)} tokens and `max_new_tokens` {max_new_tokens} do not fit into the model's "
+                f"context of {context}. Shorten the prompts, or sample fewer tokens."
+            )
         with without_generation_defaults(model):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
         for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
@@ -103,6 +112,11 @@ def sample_completions(
             samples.texts.append(tokenizer.decode(row, skip_special_tokens=True))
     model.train(training)
     return samples
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> int:
+    """Tokens of a prompt as [`sample_completions`] reads it."""
+    return int(_padded_prompts(tokenizer, [prompt], add_special_tokens=True)["attention_mask"].sum())
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -33,7 +33,8 @@ class NewestReward:
         on_rollout (`Callable`, *optional*): called with what TRL hands to reward functions, and `eos_token_ids`,
             before scoring.
         record (`str` or `Path`, *optional*): file that keeps the steps of stale rollouts, for a process that goes on.
-        batch_size (`int`, *optional*, defaults to 16), device (*optional*): as for [`ModelReward`].
+        batch_size (`int`, *optional*, defaults to 16): as for [`ModelReward`].
+        device (*optional*), trust_remote_code (`bool`, *optional*, defaults to `False`): as for [`load_reward_model`].
 
     Attributes:
         eos_token_ids (`set[int]`): what finishes a completion; the trainer sets every id of the generation config.
@@ -54,9 +55,11 @@ class NewestReward:
         record: str | Path | None = None,
         batch_size: int = 16,
         device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
     ):
         self.folder, self.tokenizer, self.count_labels = Path(folder), tokenizer, count_labels
         self.on_rollout, self.batch_size, self.device = on_rollout, batch_size, device
+        self.trust_remote_code = trust_remote_code
         self.version, self.labels_read = 0, 0
         self.record = None if record is None else Path(record)
         self.stale_steps: list[int] = []
@@ -79,7 +82,8 @@ class NewestReward:
         if newest <= self.version:
             return False
         path = version_folder(self.folder, newest)
-        model = load_reward_model(path, device=self.device).requires_grad_(False)
+        model = load_reward_model(path, device=self.device, trust_remote_code=self.trust_remote_code)
+        model.requires_grad_(False)
         self.reward = ModelReward(model, self.tokenizer, self.tokenizer, batch_size=self.batch_size)
         self.version = newest
         self.labels_read = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))["result"]["labels"]

@@ -15,9 +15,10 @@ from datasets import Dataset
 from trl import ModelConfig, get_quantization_config
 
 from ..data.constitution_arguments import ConstitutionArguments
-from ..data.loading import load_rows, prompt_key, require_columns
+from ..data.loading import load_rows, require_columns
 from ..feedback.constitution import DEFAULT_CONSTITUTION, load_constitution
 from ..models.hub import check_model_name, find_file
+from .constitution_checks import check_contexts, check_held_out
 from .constitution_evaluation import NAMES, measure_policies
 from .constitution_report import write_constitution_report
 from .constitution_texts import ROWS, TRANSCRIPTS, Loading, as_prompt, write_labels, write_responses, write_revisions
@@ -107,9 +108,12 @@ class _Run:
                 "into its base first (`rlhf-ext merge`)."
             )
         context = check_policy_files(self.helper, "model_name_or_path", args.trust_remote_code, self.revision)
-        for name in ("judge_model_path", "reviser_model_path"):
-            if getattr(args, name):
-                check_policy_files(getattr(args, name), name, args.trust_remote_code)
+        contexts = {
+            name: check_policy_files(getattr(args, name), name, args.trust_remote_code)
+            if getattr(args, name)
+            else context
+            for name in ("judge_model_path", "reviser_model_path")
+        }
         self.judge = args.judge_model_path or self.helper
         self.reviser = args.reviser_model_path or self.helper
         self.principles = load_constitution(args.constitution or DEFAULT_CONSTITUTION)
@@ -130,6 +134,9 @@ class _Run:
             rows = Dataset.from_list([{"prompt": as_prompt(prompt, args.as_messages)} for prompt in prompts])
             if prompts:
                 check_sampling(tokenizer, rows, args.max_completion_length, context, f"helpful, `{name}`")
+        read_by_judge = training.tokenizer(self.judge), contexts["judge_model_path"]
+        read_by_reviser = training.tokenizer(self.reviser), contexts["reviser_model_path"]
+        check_contexts(args, self.principles, self.red_team, read_by_judge, read_by_reviser)
         # Read to be checked now, and to know what a finished step was made of.
         self.rows, self.pairs = digest_of(helpful_rows(args)), digest_of(helpful_pairs(args))
         for name in args.reward_funcs or []:
@@ -142,25 +149,7 @@ class _Run:
             quantization=get_quantization_config(model_args),
         )
         self.found: dict[str, Any] = {}
-        self._check_held_out()
-
-    def _check_held_out(self) -> None:
-        """Refuses test prompts on which something of the run is trained: scores on them would not be held out."""
-        args = self.args
-        trained = {"red_team_prompts": self.red_team, "helpful_prompts": self.prompts[len(self.red_team) :]}
-        trained["helpful_rows"] = [row["prompt"] for row in helpful_rows(args)]
-        trained["helpful_pairs"] = [row["prompt"] for row in helpful_pairs(args)]
-        test = {prompt_key({"prompt": as_prompt(prompt, args.as_messages)}): prompt for prompt in self.test}
-        for name, prompts in trained.items():
-            keys = {
-                prompt_key({"prompt": as_prompt(prompt, args.as_messages) if isinstance(prompt, str) else prompt})
-                for prompt in prompts
-            }
-            if both := [prompt for key, prompt in test.items() if key in keys]:
-                raise ValueError(
-                    f"{len(both)} of {len(test)} `test_prompts` stand in `{name}` too, {both[0][:60]!r} for one. Take "
-                    "them out of one of the two: what the run is trained on measures nothing."
-                )
+        check_held_out(args, self.red_team, helpful, self.test)
 
     def all_steps(self) -> dict[str, Any]:
         args, loading, at = self.args, self.loading, self.folder

@@ -109,6 +109,7 @@ def train(run: LoopRun, folder: Path) -> None:
             record=folder / STALE,
             batch_size=run.args.eval_batch_size,
             device=PartialState().device,
+            trust_remote_code=run.args.trust_remote_code,
         )
         first = str(version_folder(folder / REWARDS, 1))
         result = run_ppo(run, ROUND, folder, reward_funcs=reward, critic_model=first)
@@ -245,7 +246,9 @@ def _ask(run: LoopRun, store: LabelStore, path: Path) -> None:
     rollout = json.loads(path.read_text(encoding="utf-8"))
     total = run.args.labels_per_round
     # Labels that are due, in comparisons; those asked before the policy started count among them.
-    due = labels_due(rollout["share"], total=total, initial_share=run.args.initial_label_share)
+    due: float = total  # of the last rollout: the schedule itself stops a hundredth short
+    if rollout["share"] < 1.0:
+        due = labels_due(rollout["share"], total=total, initial_share=run.args.initial_label_share)
     asked = count_asked(run, store)
     rows = [row for row in rollout["rows"] if any(text != row["completions"][0] for text in row["completions"])]
     count = min(max(round(due) - asked, 0), len(rows))

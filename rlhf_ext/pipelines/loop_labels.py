@@ -1,5 +1,6 @@
 """The third step of a round: comparisons go into the store, labels come out, from whoever gives them."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,11 @@ def check_labeller(run: LoopRun) -> None:
             )
 
 
+def labels_wanted(comparisons: int, share: float) -> int:
+    """The least number of comparisons that is `share` of them."""
+    return math.ceil(share * comparisons - 1e-9)  # 0.9 of 10 is 9, also where 1 - 0.9 is a little below 0.1
+
+
 def wait_for_people(run: LoopRun, store: LabelStore, pool: str, seconds: float = 2.0) -> None:
     """
     Wait until enough of a pool is labelled.
@@ -165,7 +171,7 @@ def wait_for_people(run: LoopRun, store: LabelStore, pool: str, seconds: float =
         LabelsMissing: there are too few, and `wait_for_labels` is off.
     """
     progress = store.progress(pool=pool)
-    wanted = progress.comparisons - int((1 - run.args.label_share) * progress.comparisons)
+    wanted = labels_wanted(progress.comparisons, run.args.label_share)
     how = f"Label them with `rlhf-ext label --store {store.database}`"
     if progress.complete < wanted and not run.args.wait_for_labels:
         stuck = left_to_nobody(store, pool)

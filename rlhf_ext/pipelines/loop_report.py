@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.texts import without_passwords
+from ..feedback.database import shown_location
 from . import report_page
 from .loop_record import STEPS, LoopRecord, is_number, read_loop
 from .loop_report_plots import function_scorers, policy_plots, round_plots
@@ -234,5 +235,5 @@ def _settings_table(settings: dict[str, Any], all_of_them: bool = False) -> str:
     for name, value in settings.items():
         if all_of_them or value is not None and value != [] and value != {}:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            rows.append([name, without_passwords(text)])
+            rows.append([name, shown_location(text) if name == "store" else without_passwords(text)])
     return report_page.table(["", ""], rows, text=(0, 1))

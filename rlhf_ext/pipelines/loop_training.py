@@ -114,7 +114,8 @@ def train_policy(run: LoopRun, round_: int, folder: Path) -> dict[str, Any]:
     reward = run.step(round_, "reward")
     given: dict[str, Any] = {"reward_funcs": str(reward)}
     if is_reward_ensemble(reward):
-        ensemble = load_reward_ensemble(reward, policy_processing_class=run.tokenizer)
+        trust = run.args.trust_remote_code
+        ensemble = load_reward_ensemble(reward, policy_processing_class=run.tokenizer, trust_remote_code=trust)
         # Its mean is in the unit of the members' validation rows; so is the first member, where the critic starts.
         given = {"reward_funcs": ensemble.mean, "critic_model": str(reward / "member_0")}
         given["probe_funcs"] = [ensemble.spread]

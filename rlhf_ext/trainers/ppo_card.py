@@ -35,6 +35,7 @@ score = reward_model(input_ids=inputs["input_ids"], attention_mask=inputs["atten
 _OBJECTIVES = {
     "clip": "PPO-Clip, min(r A, clip(r, 1 - {epsilon}, 1 + {epsilon_high}) A) per token",
     "pg": "policy gradient, A log pi per token, without a ratio",
+    "penalty": "PPO-Penalty, r A - {penalty_coef} KL(old || new) per token",
 }
 _ESTIMATORS = {
     "gae": "GAE (gamma {gamma}, lambda {gae_lambda})",
@@ -81,6 +82,9 @@ class PPOCardMixin(HubMixin):
         numbers = {name: getattr(args, name) for name in ("epsilon", "epsilon_high", "gamma", "gae_lambda")}
         if numbers["epsilon_high"] is None:
             numbers["epsilon_high"] = args.epsilon
+        numbers["penalty_coef"] = f"{args.penalty_coef:g}"
+        if args.penalty_kl_target is not None:
+            numbers["penalty_coef"] = f"(from {args.penalty_coef:g}, led to a KL of {args.penalty_kl_target:g})"
         objective = [
             ("policy_objective", f"`{args.policy_objective}`: {_OBJECTIVES[args.policy_objective].format(**numbers)}"),
             (

@@ -133,7 +133,9 @@ def test_answers_that_are_none_are_named(store, call, words):
     assert answer.status_code == 400 and words in answer.json()["message"]
     assert store.labels_since() == []
     assert anna.post("/api/label", json={"comparison_id": "1", "kind": "tie"}).status_code == 400
-    assert anna.post("/api/label", json={"comparison_id": 99, "kind": "tie"}).status_code == 409
+    unknown = anna.post("/api/label", json={"comparison_id": 99, "kind": "tie"})
+    # Annotators do not learn where the store lies.
+    assert unknown.status_code == 409 and unknown.json()["message"] == "There is no comparison 99."
 
 
 def test_calls_from_elsewhere_are_refused(store):

@@ -222,6 +222,32 @@ def test_a_lost_reply_is_counted_once(store, page_of):
     assert len(store.labels_since()) == 1
 
 
+def test_an_answer_whose_reply_was_lost_can_be_undone(store, page_of):
+    """The page has not seen the second answer stored, and another one is refused: undo takes the second."""
+    fill(store, 3)
+    page = page_of("anna")
+    press(page, "1")
+    page.route("**/api/label", lambda handler: (handler.fetch(), handler.abort()))
+    page.keyboard.press("1")
+    page.wait_for_function("() => document.querySelector('#message').textContent !== ''")
+    page.unroute("**/api/label")
+    press(page, "2")
+    assert "was stored" in page.locator("#message").inner_text()
+    first, second = store.labels_since()
+    press(page, "z")
+    assert [label.id for label in store.labels_since()][:1] == [first.id] and store.labels_of("anna")[0].id == first.id
+
+
+def test_a_task_that_does_not_come_is_no_lost_answer(store, page_of):
+    fill(store, 2)
+    page = page_of("anna")
+    shown(page)
+    page.route("**/api/task", lambda handler: handler.abort())
+    page.keyboard.press("1")
+    page.wait_for_function("() => document.querySelector('#message').textContent !== ''")
+    assert "The answer was stored" in page.locator("#message").inner_text() and len(store.labels_since()) == 1
+
+
 def test_many_at_once_over_http(store, page_of):
     """Threads with a session each; the load test with 200 of them is in benchmarks/."""
     import json

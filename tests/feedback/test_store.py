@@ -9,7 +9,7 @@ from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from rlhf_ext.feedback import queries
-from rlhf_ext.feedback.database import store_url
+from rlhf_ext.feedback.database import shown_location, store_url
 from rlhf_ext.feedback.schema import candidates, comparisons, labels
 from rlhf_ext.feedback.store import Candidate, LabelRefused, LabelStore, NewComparison, NewLabel, open_store
 
@@ -356,6 +356,21 @@ def test_wrong_locations_are_named(tmp_path):
     assert (tmp_path / "text.jsonl").read_text() == '{"prompt": "p"}\n'
     secret = "postgresql://me:pass123@localhost:1/x"
     assert "pass123" not in str(store_url(secret)) and store_url(secret).drivername == "postgresql+psycopg"
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "postgresql://me:pass 123@db/x",
+        'postgresql://me:pass"123@db/x',
+        "postgresql://me@db/x?password=pass123",
+        "postgresql://me@db/x?sslpassword=pass123&sslmode=require",
+        "postgresql://me:pass123@db:port/x",  # no URL
+    ],
+)
+def test_a_location_is_shown_without_passwords(location):
+    shown = shown_location(location)
+    assert "123" not in shown and "pass" not in shown.replace("password=", "") and "me" in shown
 
 
 def test_tables_of_another_version_are_refused(location):

@@ -8,13 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from rlhf_ext.data.constitution_arguments import ConstitutionArguments
 from rlhf_ext.data.jsonl import read_jsonl
 from rlhf_ext.feedback.constitution import load_constitution
 from rlhf_ext.feedback.judge import BASE_TEMPLATE, AIJudge, Verdicts
+from rlhf_ext.feedback.revision import Reviser
+from rlhf_ext.models.generation import sample_completions
 from rlhf_ext.pipelines import (
     constitution,
     constitution_evaluation,
@@ -25,6 +27,7 @@ from rlhf_ext.pipelines import (
 )
 from rlhf_ext.pipelines.chunked_rows import write_in_chunks
 from rlhf_ext.pipelines.constitution import run_constitution
+from rlhf_ext.pipelines.constitution_checks import check_contexts
 from rlhf_ext.pipelines.constitution_evaluation import NAMES
 from rlhf_ext.pipelines.constitution_report import write_constitution_report
 from rlhf_ext.pipelines.constitution_texts import Loading, write_labels
@@ -331,6 +334,7 @@ def poisoned(value):
         ({"test_prompts": "long.jsonl"}, "helpful, `test_prompts`.*exceed the model's context of"),
         ({"red_team_prompts": "long.jsonl"}, "helpful, `red_team_prompts`.*exceed the model's context of"),
         ({"max_completion_length": 4000}, "exceed the model's context of"),
+        ({"max_completion_length": 100}, "question to the judge, with two answers .*`judge_model_path`"),
         ({"toy": True}, "`toy` builds its own"),
         ({"toy_settings": {"a": 1}}, "without `toy: true`"),
         ({"temperature": 0.0}, "temperature"),
@@ -352,6 +356,22 @@ def test_wrong_input_is_refused_before_the_first_step(world, tmp_path, changes, 
     with pytest.raises(ValueError, match=words):
         run_constitution(options(world, tmp_path / "out", **changes), model(world))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_a_reviser_that_reads_too_little_is_refused(world, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    args, principles = options(world, tmp_path / "out"), load_constitution(PRINCIPLES)
+    prompts = [row["prompt"] for row in read_jsonl(world / "red.jsonl")]
+    reviser = Reviser(torch.nn.Module(), tokenizer, principles, max_new_tokens=args.max_completion_length)
+    longest = max(reviser.request_lengths(prompts))
+    words = max(len(tokenizer(f"{p.critique} {p.revision}")["input_ids"]) for p in principles)
+    assert longest > words + 3 * args.max_completion_length
+    check_contexts(args, principles, prompts, (tokenizer, None), (tokenizer, longest))
+    with pytest.raises(ValueError, match=f"request to the reviser.*up to {longest} tokens.*`reviser_model_path`"):
+        check_contexts(args, principles, prompts, (tokenizer, None), (tokenizer, longest - 1))
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    with pytest.raises(ValueError, match="do not fit into the model's context"):
+        sample_completions(model, tokenizer, prompts, max_new_tokens=model.config.max_position_embeddings)
 
 
 def test_policies_are_checked_before_the_first_one_answers(whole, world, tmp_path, monkeypatch):

@@ -279,6 +279,13 @@ def test_later_labels_of_a_round_are_read_and_the_newest_round_is_asked_first(tm
     assert to_dataset(_labels_so_far(run, 1, run.step(1, "reward")))["prompt"][:] == ["p0"]
 
 
+@pytest.mark.parametrize(
+    ("share", "of", "wanted"), [(0.9, 10, 9), (0.8, 50, 40), (0.95, 10, 10), (1.0, 7, 7), (0.5, 3, 2)]
+)
+def test_a_share_of_labels_is_the_least_number_that_has_it(share, of, wanted):
+    assert loop_labels.labels_wanted(of, share) == wanted
+
+
 def test_who_is_left_when_everybody_skipped_and_what_a_split_is(tmp_path, sft, prompts, capsys):
     run = LoopRun(*arguments(tmp_path / "run", sft, prompts, labels="people", wait_for_labels=False, overlap=1))
     first, second = selected(run, 1, ["p0", "p1"])

@@ -190,6 +190,16 @@ def test_a_rollout_is_written_with_its_ends_and_the_last_one_asks_for_the_rest(t
         assert loop_asynchronous.count_asked(run, store) == 2
 
 
+def test_the_last_rollout_asks_for_every_label(tmp_path, sft, prompts):  # noqa: F811
+    run, folder = asynchronous(tmp_path / "run", sft, prompts, labels_per_round=100)
+    row = {"completions": ["sat", "ran"], "policies": ["step_1"] * 2, "truncated": [False] * 2}
+    rows = [{"prompt": f"w{place}", "extra": {"step": 1}, **row} for place in range(150)]
+    (folder / "1.json").write_text(json.dumps({"share": 1.0, "rows": rows}))
+    with run.open_store() as store:
+        loop_asynchronous._ask(run, store, folder / "1.json")
+        assert loop_asynchronous.count_asked(run, store) == 100
+
+
 def test_labels_that_arrive_late_in_the_first_pool_are_read_once(tmp_path, sft, prompts, monkeypatch):  # noqa: F811
     run, folder = asynchronous(tmp_path / "run", sft, prompts, labels="people", label_share=0.5, refit_labels=2)
     first = version_folder(folder / loop_asynchronous.REWARDS, 1)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ext import PPOConfig, PPOTrainer
+from rlhf_ext.models.checkpoints import check_checkpoint
 from rlhf_ext.models.scoring import load_reward_model, token_scores
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.ppo_runs import PROMPTS
@@ -260,6 +261,18 @@ def test_policy_and_critic_with_adapters_on_bases_of_their_own(lora_and_lora_cri
 
 
 # Card and table
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"), [("clip", "PPO-Clip"), ("pg", "policy gradient"), ("penalty", "PPO-Penalty")]
+)
+def test_every_objective_writes_checkpoints_and_its_card(tmp_path, objective, words):
+    more = {"clip": {}, "pg": {"num_iterations": 1}, "penalty": {"penalty_kl_target": 0.01}}[objective]
+    config = {"policy_objective": objective, "max_steps": 2, **more}
+    policy = tiny_causal_lm("llama", tiny_tokenizer())
+    train(tmp_path, policy, reward_funcs=lambda prompts, **kwargs: [1.0] * len(prompts), config=config)
+    assert words in (tmp_path / "run" / "README.md").read_text()
+    check_checkpoint(tmp_path / "run" / "checkpoint-2")
 
 
 def test_the_card_says_ppo(full):

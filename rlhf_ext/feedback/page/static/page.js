@@ -10,6 +10,8 @@ const WORDS = {
     cut: "Cut here by length: the answer went on.",
     own: (n) => `${n} by you`, all: (n, m) => `${n} of ${m} in all`, other: "中文",
     lost: "The answer was not stored: no connection. Try again; it is counted once.", taken: "Somebody else has this one now. Here is the next.",
+    stored: "Your earlier answer to this one was stored. Undo it to change it.",
+    stuck: "The answer was stored, but the next question did not come. Reload the page.",
   },
   zh: {
     title: "哪个回答更好？", name: "您的名字", password: "密码", login: "开始", logout: "退出",
@@ -19,6 +21,7 @@ const WORDS = {
     cut: "因长度限制在此截断，回答并未结束。",
     own: (n) => `您已标 ${n} 条`, all: (n, m) => `共 ${n} / ${m} 条`, other: "English",
     lost: "没有存上：网络断开。请再试一次，不会重复计数。", taken: "这一条已被别人领走，换下一条。",
+    stored: "您先前对这一条的回答已经存上。要修改请撤销。", stuck: "回答已存上，但下一条没有取到。请刷新页面。",
   },
 };
 
@@ -145,20 +148,22 @@ async function answer(kind, value = null) {
       comparison_id: state.task.comparison_id, kind, value, seconds: secondsSpent(), comment: comment || null, key: state.key,
     });
     state.lastLabel = found.label_id;
-    await nextTask();
+    await nextTask().catch((error) => report(error, words().stuck));
   } catch (error) {
     if (["taken", "labelled", "key"].includes(error.reason)) {
-      await nextTask();
-      $("message").textContent = words().taken;
+      // An answer whose reply was lost: to undo it, it has to be the last one here too.
+      if (error.reason !== "taken") await findLastLabel().catch(() => {});
+      await nextTask().catch(report);
+      $("message").textContent = error.reason === "taken" ? words().taken : words().stored;
     } else report(error);
   } finally {
     state.busy = false;
   }
 }
 
-function report(error) {
+function report(error, otherwise = words().lost) {
   if (error.reason === "login") showLogin();
-  else $("message").textContent = error.reason ? error.message : words().lost;
+  else $("message").textContent = error.reason ? error.message : otherwise;
 }
 
 async function nextTask() {
