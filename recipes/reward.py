@@ -28,7 +28,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_ext import PreferenceRewardConfig, PreferenceRewardTrainer
 from rlhf_ext.data.arguments import load_splits
-from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.prompts import set_up_tokenizer
 from rlhf_ext.data.reward_arguments import RewardArguments
 from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.data.summary import report_summaries, summarize_preferences
@@ -48,7 +48,7 @@ def main(script_args: RewardArguments, training_args: PreferenceRewardConfig, mo
     }
     check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
-    check_tokenizer(tokenizer)
+    set_up_tokenizer(tokenizer, training_args.eos_token, training_args.chat_template_path)
 
     # Data: load and summarise; the trainer validates every row before its first step
     with training_args.main_process_first(desc="loading the data"):

@@ -18,22 +18,18 @@ Any flag of `trl.SFTConfig` and `trl.ModelConfig` goes on the line or into the Y
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from rlhf_ext.data.arguments import DataArguments, load_splits
 from rlhf_ext.data.loading import require_columns
-from rlhf_ext.data.prompts import check_tokenizer
+from rlhf_ext.data.prompts import set_up_tokenizer
 from rlhf_ext.data.strict_parser import StrictParser
 from rlhf_ext.data.summary import check_context, report_summaries, summarize_sft
-from rlhf_ext.models.checkpoints import CompleteCheckpointMixin
 from rlhf_ext.models.hub import check_model_name
+from rlhf_ext.trainers.sft_trainer import CompleteSFTTrainer
 
 
 COLUMNS = (["prompt", "completion"], ["messages"])
-
-
-class CompleteSFTTrainer(CompleteCheckpointMixin, SFTTrainer):
-    """TRL's trainer, with checkpoints that are complete or absent."""
 
 
 def main(script_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -46,15 +42,18 @@ def main(script_args: DataArguments, training_args: SFTConfig, model_args: Model
     }
     check_model_name(model_args.model_name_or_path, "model_name_or_path", model_args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **source)
-    if training_args.eos_token is not None:
-        tokenizer.eos_token = training_args.eos_token
-    check_tokenizer(tokenizer)
+    set_up_tokenizer(tokenizer, training_args.eos_token, training_args.chat_template_path)
 
     # Data: load, validate, summarise
     with training_args.main_process_first(desc="loading the data"):
         train_dataset, eval_dataset = load_splits(
-            script_args, wants_eval=training_args.eval_strategy != "no", seed=training_args.data_seed or 0
+            script_args,
+            wants_eval=training_args.eval_strategy != "no",
+            seed=training_args.data_seed or 0,
+            text_field=training_args.dataset_text_field,
         )
+    if "text" in train_dataset.column_names:
+        training_args.dataset_text_field = "text"
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **source).get_text_config()
     summaries = {}
     for name, rows, other in (("train", train_dataset, eval_dataset), ("eval", eval_dataset, train_dataset)):

@@ -162,7 +162,9 @@ class PromptArguments(DataArguments):
             )
 
 
-def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tuple[Dataset, Dataset | None]:
+def load_splits(
+    arguments: DataArguments, *, wants_eval: bool, seed: int, text_field: str = "text"
+) -> tuple[Dataset, Dataset | None]:
     """
     Load what `arguments` name.
 
@@ -173,14 +175,22 @@ def load_splits(arguments: DataArguments, *, wants_eval: bool, seed: int) -> tup
             Whether the run evaluates (`eval_strategy` is not `"no"`); a held-out share is given either way.
         seed (`int`):
             Salt of the hash that holds prompts out: runs that shall share their held-out prompts share it.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            A column that becomes `text`, where there is one.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: train rows, and evaluation rows if there are any.
     """
-    train = _select(arguments, arguments.dataset_train_split)
+    train = _with_text(_select(arguments, arguments.dataset_train_split), text_field)
     if arguments.eval_fraction:
         return holdout_by_prompt(train, arguments.eval_fraction, seed)
-    return train, _select(arguments, arguments.dataset_test_split) if wants_eval else None
+    return train, _with_text(_select(arguments, arguments.dataset_test_split), text_field) if wants_eval else None
+
+
+def _with_text(rows: Dataset, field: str) -> Dataset:
+    if field == "text" or field not in rows.column_names:
+        return rows
+    return rows.remove_columns([name for name in rows.column_names if name == "text"]).rename_column(field, "text")
 
 
 def _select(arguments: DataArguments, split: str) -> Dataset:

@@ -4,7 +4,7 @@ import random
 
 from datasets import Dataset
 
-from .loading import prompt_key
+from .loading import prompt_group
 
 
 def bootstrap_by_prompt(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -29,7 +29,7 @@ def bootstrap_by_prompt(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(dataset):
-        groups.setdefault(_group_of(row, index), []).append(index)
+        groups.setdefault(prompt_group(row, index), []).append(index)
     rows = list(groups.values())
     chance = random.Random(f"bootstrap {seed}")
     drawn = [chance.randrange(len(rows)) for _ in rows]
@@ -40,10 +40,3 @@ def bootstrap_by_prompt(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
             "none is held out to validate it. Give more prompts, or another seed."
         )
     return dataset.select([index for place in drawn for index in rows[place]]), dataset.select(left)
-
-
-def _group_of(row: dict, index: int) -> str:
-    try:
-        return f"prompt {prompt_key(row)}"
-    except ValueError:
-        return f"row {index}"

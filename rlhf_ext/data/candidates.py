@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .loading import common_prefix_length
+from .loading import common_prefix_length, shared_start
 from .preferences import TARGET_TOLERANCE, PreferenceReport, is_truncated
 
 
@@ -32,7 +32,7 @@ def tokenize_candidates(row: dict[str, Any], processing_class: PreTrainedTokeniz
             eos = processing_class.eos_token
             text = row.get("prompt", "") + (completion if cut or completion.endswith(eos) else completion + eos)
             ids = processing_class(text=text)["input_ids"]
-            candidate_ids.append(_without_added_eos(ids, text, processing_class) if cut else ids)
+            candidate_ids.append(without_added_eos(ids, text, processing_class) if cut else ids)
         else:
             messages = [*row.get("prompt", []), *completion]
             # The keyword is given where it is needed: not every template can leave a turn open.
@@ -98,19 +98,23 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     """
     Find where the completions of tokenised candidates begin.
 
-    Without a `prompt` all tokens count as completion; what the candidates have in common cancels in the loss.
+    A pair without a `prompt` begins with it ([`~rlhf_ext.data.loading.shared_start`]). Of completions alone every
+    token counts.
 
     Returns:
         `dict[str, Any]`: `candidate_ids`; `completion_starts`, how many tokens each candidate shares with its prompt
         alone; `prompt_mismatch`, whether that is fewer than the prompt has; `longest`, the most tokens of a candidate.
     """
     candidate_ids, prompt = row["candidate_ids"], row.get("prompt")
-    if prompt is None:
+    is_implicit = prompt is None and row.get("chosen") is not None and row.get("rejected") is not None
+    if is_implicit:
+        prompt = shared_start(row["chosen"], row["rejected"])
+    if not prompt:
         prompt_ids = []
     elif isinstance(prompt, str):
         prompt_ids = processing_class(text=prompt)["input_ids"]
         # A tokenizer that closes every text by EOS closes the prompt too, where no completion begins with it.
-        prompt_ids = _without_added_eos(prompt_ids, prompt, processing_class)
+        prompt_ids = without_added_eos(prompt_ids, prompt, processing_class)
     else:
         prompt_ids = _template_ids(processing_class, prompt, row, add_generation_prompt=True)
     starts = [common_prefix_length(prompt_ids, ids) for ids in candidate_ids]
@@ -122,7 +126,8 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     return {
         "candidate_ids": candidate_ids,
         "completion_starts": starts,
-        "prompt_mismatch": min(starts) < len(prompt_ids),
+        # Nothing continues the tokens of a prompt that was never apart.
+        "prompt_mismatch": not is_implicit and min(starts) < len(prompt_ids),
         "longest": max(len(ids) for ids in candidate_ids),
     }
 
@@ -219,9 +224,10 @@ def _beyond_context(lengths: dict[int, int], context_length: int | None) -> Valu
     )
 
 
-def _without_added_eos(ids: list[int], text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+def without_added_eos(ids: list[int], text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     """`ids` without an end of sequence that the tokenizer adds to every text."""
-    added = ids[-1:] == [processing_class.eos_token_id] and not text.endswith(processing_class.eos_token)
+    eos = processing_class.eos_token
+    added = eos is not None and ids[-1:] == [processing_class.eos_token_id] and not text.endswith(eos)
     return ids[:-1] if added else ids
 
 

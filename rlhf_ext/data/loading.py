@@ -136,6 +136,14 @@ def prompt_key(row: dict[str, Any]) -> str:
     raise ValueError(f"No prompt in a row with columns {_join(row)}; it needs `prompt`, `messages`, `text` or pairs.")
 
 
+def prompt_group(row: dict[str, Any], index: int) -> str:
+    """What rows about one prompt have in common; a row without one stands alone."""
+    try:
+        return f"prompt {prompt_key(row)}"
+    except ValueError:
+        return f"row {index}"
+
+
 def shared_start(first: Any, second: Any) -> Any:
     """The prompt of two texts, or two lists of messages, that hold it: what they begin with alike.
 
@@ -164,7 +172,9 @@ def is_empty(value: Any) -> bool:
         return not value.strip()
     if isinstance(value, list | tuple):
         messages = bool(value) and all(isinstance(turn, dict) for turn in value)
-        return len(value) == 0 or (messages and all(is_empty(turn.get("content")) for turn in value))
+        return len(value) == 0 or (
+            messages and all(is_empty(turn.get("content")) and not turn.get("tool_calls") for turn in value)
+        )
     return False
 
 

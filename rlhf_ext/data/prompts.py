@@ -1,7 +1,9 @@
 """Prompt rows for PPO, checked before any training."""
 
+from pathlib import Path
+
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from .loading import is_empty
@@ -18,6 +20,29 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             f"processing_class {type(tokenizer).__name__} has eos_token=None, so no completion could end. Set "
             "`tokenizer.eos_token` to a token of its vocabulary."
         )
+
+
+def set_up_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, eos_token: str | None = None, chat_template_path: str | None = None
+) -> None:
+    """
+    Give a recipe's tokenizer what TRL's trainers give theirs, before rows are counted by it.
+
+    Args:
+        eos_token (`str`, *optional*), chat_template_path (`str`, *optional*):
+            As in TRL's configurations; the path of a `.jinja` or `.j2` file, or the name of a tokenizer, whose own
+            tokens the trainer adds.
+
+    Raises:
+        ValueError: there is no end-of-sequence token.
+    """
+    if eos_token is not None:
+        tokenizer.eos_token = eos_token
+    if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    elif chat_template_path is not None:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(chat_template_path).chat_template
+    check_tokenizer(tokenizer)
 
 
 def check_prompts(

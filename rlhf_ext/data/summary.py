@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .lengths import candidates, measure_rows
-from .loading import prompt_key
+from .loading import prompt_group
 from .preferences import LABEL_COLUMNS, check_preferences
 
 
@@ -195,8 +195,8 @@ def report_summaries(output_dir: str, **summaries: DataSummary) -> None:
 def _summarize(
     kind: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, other: Dataset | None, max_length: int | None
 ) -> DataSummary:
-    prompts = [prompt_key(row) for row in dataset]
-    elsewhere = {prompt_key(row) for row in other} if other is not None else set()
+    prompts = [prompt_group(row, index) for index, row in enumerate(dataset)]
+    elsewhere = {prompt_group(row, -1) for row in other} if other is not None else set()
     lengths = measure_rows(dataset, tokenizer)
     completions = sum(len(row.completions) for row in lengths)
     return DataSummary(

@@ -278,12 +278,12 @@ def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
 def save_reward_config(
     folder: str | os.PathLike,
     aggregation: str,
-    backbone_dtype: torch.dtype | None,
+    backbone_dtype: torch.dtype,
     normalization: tuple[float, float] = (1.0, 0.0),
     training: tuple[float, float] = (1.0, 0.0),
     is_critic: bool = False,
 ) -> None:
-    """Write beside the weights how token scores become one score, and the dtype of the backbone if it is plain.
+    """Write beside the weights how token scores become one score, and the dtype of the backbone.
 
     `training`: the gain that the loss saw, which stays when gain and bias are set anew, and the noise it allowed for.
     `is_critic`: its numbers are values, which nothing may be paid by.
@@ -295,15 +295,16 @@ def save_reward_config(
         saved["training_gain"], saved["prediction_noise"] = training
     if is_critic:
         saved["is_critic"] = True
-    if backbone_dtype is not None:
-        saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
+    saved["backbone_dtype"] = str(backbone_dtype).removeprefix("torch.")
     with open(os.path.join(folder, REWARD_FILE), "w", encoding="utf-8") as file:
         json.dump(saved, file)
 
 
-def plain_dtype(base: PreTrainedModel) -> torch.dtype | None:
-    """Dtype of a backbone; `None` if it is quantised, where no dtype says how it computes."""
-    return None if getattr(base, "quantization_method", None) else base.dtype
+def plain_dtype(base: PreTrainedModel) -> torch.dtype:
+    """Dtype of a backbone; of a quantised one that of what is left whole, embeddings and norms."""
+    if getattr(base, "quantization_method", None):
+        return base.get_input_embeddings().weight.dtype  # type: ignore[union-attr]
+    return base.dtype
 
 
 def set_head(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.candidates import end_at_closer
+from ..data.candidates import end_at_closer, without_added_eos
 from ..data.loading import common_prefix_length
 from ..functional.batching import length_chunks
 from .pooling import (
@@ -187,7 +187,8 @@ class ModelReward:
             text, eos = prompt + completion, self.processing_class.eos_token
             if finished and eos is not None and not text.endswith(eos):
                 text += eos
-            return self.processing_class(text=text)["input_ids"]
+            ids = self.processing_class(text=text)["input_ids"]
+            return ids if finished else without_added_eos(ids, text, self.processing_class)
         # An open last turn is what the template knows of a cut answer; the closed one is what reward training read.
         ids = self.processing_class.apply_chat_template(
             [*prompt, *completion],

@@ -13,13 +13,12 @@ from ..data.constitution_arguments import TRAINERS, ConstitutionArguments
 from ..data.evaluation_rows import evaluation_rows
 from ..data.jsonl import read_jsonl
 from ..data.loading import load_rows, require_columns
-from ..models.base_quantization import save_base_quantization
 from ..models.scoring import treated_score
 from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_trainer import PreferenceRewardTrainer
-from .constitution_sft import CompleteSFTTrainer
+from ..trainers.sft_trainer import CompleteSFTTrainer
 from .constitution_texts import as_completion, as_prompt
 from .finished_runs import has_checkpoint
 
@@ -113,8 +112,6 @@ def train_sft(folder: Path, training: Training, model: str, transcripts: Path) -
     )
     result = _train(trainer, folder)
     tokenizer.save_pretrained(folder)
-    if training.model_args.use_peft:
-        save_base_quantization(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), str(folder))
     cut = sum(row["truncated"] for row in rows) / len(rows)
     return {"revisions": len(rows), "truncated": cut, "helpful": len(helpful), **result}
 

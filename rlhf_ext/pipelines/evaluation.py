@@ -14,6 +14,7 @@ from ..data.candidates import tokenize_candidates
 from ..data.evaluation_rows import H_NAMES, Pair, evaluation_rows, h_of, pairs_of_row, sources_of
 from ..data.loading import prompt_key
 from ..data.preferences import PreferenceReport
+from ..data.prompts import check_tokenizer
 from ..functional.clusters import grouped_interval
 from ..functional.doubt import ensemble_preference, pair_doubt
 from ..functional.pairs import calibration, length_statistics, pair_credits
@@ -170,6 +171,7 @@ def prepare_rows(
     Raises:
         ValueError: as [`evaluate_reward_model`].
     """
+    check_tokenizer(tokenizer)
     rows, report = evaluation_rows(dataset, as_messages=as_messages)
     sources = sources_of(rows, source_column)
     rows = rows.map(tokenize_candidates, fn_kwargs={"processing_class": tokenizer}, desc="Tokens")

@@ -16,10 +16,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..data.candidates import tokenize_candidates
 from ..data.loading import load_rows, require_columns
 from ..functional.scores import score_normalization
+from ..models.base_quantization import QUANTIZATION_FILE, as_loading_option, read_base_quantization
 from ..models.build import load_policy
 from ..models.generation import Samples, end_token_ids, sample_completions
+from ..models.hub import find_file
 from ..models.pooling import has_normalization, normalization_of, set_normalization
 from ..models.reward_checkpoints import save_normalization
 from ..models.reward_functions import ModelReward
@@ -57,7 +60,10 @@ def reference_samples(
         kwargs:
             As for [`~rlhf_ext.models.build.load_policy`].
     """
-    policy = load_policy(reference_model_path, **kwargs).eval()
+    options = as_loading_option(read_base_quantization(find_file(reference_model_path, QUANTIZATION_FILE)))
+    policy = load_policy(reference_model_path, **{**options, **kwargs}).eval()
+    if processing_class.pad_token is None:  # as the trainers do; the mask hides it
+        processing_class.pad_token = processing_class.eos_token
     policy = policy if device is None else policy.to(device)
     set_seed(seed)
     texts = [prompt_text(prompt, processing_class) for prompt in prompts]
@@ -80,7 +86,7 @@ def reference_samples(
 
 def reference_answers(rows: Dataset, processing_class: PreTrainedTokenizerBase) -> Samples:
     """
-    Answers that people wrote, as samples: rows with `prompt` and `completion`, each closed by the end of sequence.
+    Answers that people wrote, as samples: rows with `prompt` and `completion`, each closed as in reward training.
 
     Raises:
         ValueError: a column is missing or empty.
@@ -88,15 +94,16 @@ def reference_answers(rows: Dataset, processing_class: PreTrainedTokenizerBase) 
     require_columns(rows, ["prompt", "completion"], what="the reference answers")
     found = Samples([], [], [], [], [])
     for row in rows:
-        prompt = prompt_text(row["prompt"], processing_class)
-        answer = row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
-        start = processing_class(text=prompt)["input_ids"]
-        ids = processing_class(text=answer, add_special_tokens=False)["input_ids"]
-        end = [] if ids[-1:] == [processing_class.eos_token_id] else [processing_class.eos_token_id]
-        found.prompts.append(prompt)
-        found.texts.append(answer)
-        found.prompt_ids.append(start)
-        found.completion_ids.append([*ids, *end])
+        completion = row["completion"]
+        if not isinstance(row["prompt"], str) and isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        # Tokenised and closed as reward training does it; templates close with other tokens than the end of sequence.
+        read = tokenize_candidates({**row, "completions": [completion]}, processing_class)
+        [ids], [start] = read["candidate_ids"], read["completion_starts"]
+        found.prompts.append(prompt_text(row["prompt"], processing_class))
+        found.texts.append(completion if isinstance(completion, str) else completion[-1]["content"])
+        found.prompt_ids.append(ids[:start])
+        found.completion_ids.append(ids[start:])
         found.truncated.append(False)
     return found
 
@@ -152,6 +159,7 @@ def normalize_before(trainer: PreferenceRewardTrainer, samples: Samples, *, scal
     gain, bias = score_normalization(raw_scores(trainer.model, trainer.processing_class, samples), scale=scale)
     gain, bias = broadcast_object_list([gain, bias])  # processes on unlike devices round apart, and train in one unit
     set_normalization(trainer.model, gain, bias)
+    trainer.training_gain = gain
     return gain, bias
 
 

@@ -47,7 +47,7 @@ class HubMixin:
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         # A path is no name on the Hub, which refuses a card with one.
         super().create_model_card(
-            model_name=model_name, dataset_name=dataset_name if _is_repo_id(dataset_name) else None, tags=tags
+            model_name=model_name, dataset_name=dataset_name if is_repo_id(dataset_name) else None, tags=tags
         )
         if not self.is_world_process_zero():
             return
@@ -67,7 +67,7 @@ class HubMixin:
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         base = self._base_name()
-        if isinstance(self._policy_or_classifier(), PeftModel) and not _is_repo_id(base):
+        if isinstance(self._policy_or_classifier(), PeftModel) and not is_repo_id(base):
             logger.warning(
                 f"The adapters that are pushed name their base as {base!r}, which is no id on the Hub: nobody else "
                 "can load them. Push the base too and train on its id, or push what `rlhf-ext merge` writes."
@@ -108,7 +108,7 @@ class HubMixin:
         if commit is None and isinstance(model, PeftModel):
             commit = model.peft_config["default"].revision
         rows = [("base model", public_name(name))]
-        rows.append(("revision of the base", commit or ("not known" if _is_repo_id(name) else "none, it is local")))
+        rows.append(("revision of the base", commit or ("not known" if is_repo_id(name) else "none, it is local")))
         settings = quantization_of(base.config)
         if settings is not None:
             shown = {k: v for k, v in settings.items() if k.startswith(("bnb_4bit_", "load_in_"))}
@@ -138,7 +138,7 @@ def _two_columns(args: Any) -> str:
     return table(["argument", "value"], [(f"`{name}`", value) for name, value in hyperparameters(args).items()])
 
 
-def _is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: str | None) -> bool:
     if not name or os.path.exists(name):
         return False
     try:

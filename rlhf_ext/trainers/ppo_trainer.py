@@ -260,6 +260,8 @@ class PPOTrainer(
             count_positions_from_mask(self.reference.base_model)
             self.reference = prepare_frozen(self.reference, self.accelerator)
         for part in [part for func in (*rewards, *self.probes, *self.token_rewards) for part in parts_of(func)]:
+            if isinstance(part, ModelReward):
+                part.set_policy(tokenizer)  # one that the caller built may know another policy, or none
             if hasattr(part, "eos_token_ids"):
                 part.eos_token_ids = set(self.eos_token_ids)
             if hasattr(part, "chat_template_kwargs"):

@@ -50,6 +50,11 @@ class PreferenceDataMixin:
         with global_then_local_main_first():
             # The parent closes every text by the end of sequence, so rows that may be cut take our own path.
             closes = not streams and "truncated" not in columns
+            if is_tokenized and args.lm_coef > 0.0 and not {"prompt", "chosen"} & set(columns):
+                raise ValueError(
+                    f"`lm_coef` is {args.lm_coef}, but rows of token ids alone do not say where a completion begins, "
+                    "and the language-modelling term would train on prompts. Keep the texts beside the ids."
+                )
             if is_tokenized or (check_columns(columns) and closes):
                 # Text pairs are tokenised by the parent, so that they stay what TRL reads.
                 rows = None
@@ -74,6 +79,8 @@ class PreferenceDataMixin:
                 dataset = dataset.map(tokenize_candidates, fn_kwargs={"processing_class": processing_class}, **options)
             limits = {"max_length": args.max_length, "context_length": self._context_length}
             dataset = drop_overlong(dataset, report, overlong=args.overlong, **limits)
+        if streams and "margin" in columns:
+            dataset = dataset.filter(_check_margin)  # a row at a time, as they come
         if not streams:
             report.num_prompt_mismatches = sum(dataset["prompt_mismatch"])
             self._check_options(dataset, args, dataset_name)
@@ -107,13 +114,8 @@ class PreferenceDataMixin:
                 f"but {len(wide)} rows have more: {dict(list(wide.items())[:8])}. Leave it at None."
             )
         if "margin" in dataset.column_names:
-            margins = zip(dataset["row"], dataset["margin"], dataset["target"], strict=True)
-            for row, margin, target in margins:
-                if margin is None or list(target or ()) != [1.0, 0.0]:
-                    raise ValueError(
-                        f"Row {row} has `margin` {margin} and the target {target}, but a margin is a number and works "
-                        "with pairs only. Remove the column, or give `chosen` and `rejected`."
-                    )
+            for row in dataset.select_columns(["row", "margin", "target"]):
+                _check_margin(row)
 
         has_preferred = any(
             ranking is not None or max(target or [0.0]) == 1.0
@@ -134,6 +136,20 @@ class PreferenceDataMixin:
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in CANDIDATE_COLUMNS if name not in self._signature_columns]
+
+
+def _check_margin(row: dict) -> bool:
+    """
+    Raises:
+        ValueError: the margin is no number, or its row no pair whose first candidate is preferred.
+    """
+    margin, target = row["margin"], row["target"]
+    if margin is None or list(target or ()) != [1.0, 0.0]:
+        raise ValueError(
+            f"Row {row['row']} has `margin` {margin} and the target {target}, but a margin is a number and works with "
+            "pairs only. Remove the column, or give `chosen` and `rejected`."
+        )
+    return True
 
 
 def check_eos(processing_class: PreTrainedTokenizerBase, eos_token: str | None = None) -> None:

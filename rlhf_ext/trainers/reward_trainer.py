@@ -207,6 +207,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, Preferen
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         pool_by_attention_mask(self.model, args.reward_aggregation)
+        self.training_gain = normalization_of(self.model)[0]
         if args.lm_coef > 0.0:
             keep_lm_head(base, lm_head, trains=not isinstance(self.model, PeftModel))
 
@@ -299,7 +300,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, Preferen
         dtype = plain_dtype(classifier_of(self.model))
         folder = output_dir or self.args.output_dir
         unit = normalization_of(self.model)
-        training = (unit[0], self.args.prediction_noise)
+        training = (self.training_gain, self.args.prediction_noise)
         save_reward_config(folder, self.args.reward_aggregation, dtype, unit, training)
         model = self.accelerator.unwrap_model(self.model)
         # Not in checkpoints: `Trainer` takes every folder of an adapter in there for one to load on resuming.

@@ -8,6 +8,8 @@ from datasets import Dataset, DatasetDict
 
 from rlhf_ext.data.arguments import DataArguments, load_splits
 from rlhf_ext.data.loading import holdout_by_prompt, load_rows, prompt_key, require_columns, shared_start
+from rlhf_ext.data.prompts import set_up_tokenizer
+from tests.tiny import tiny_tokenizer
 
 
 ROWS = [{"prompt": f"question {i} ?", "completions": [f" a {i}", f" b {i}"], "target": [1.0, 0.0]} for i in range(6)]
@@ -135,6 +137,23 @@ def test_require_columns():
         require_columns(dataset, ["prompt"])
 
 
+def test_a_call_of_a_tool_is_content():
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    require_columns(Dataset.from_list([{"completion": turns}]), ["completion"])
+
+
+def test_the_tokenizer_of_a_recipe_has_the_template_and_the_end_of_its_flags(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = None, None
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    with pytest.raises(ValueError, match="eos_token=None"):
+        set_up_tokenizer(tokenizer)
+    set_up_tokenizer(tokenizer, "<eos>", str(tmp_path / "own.jinja"))
+    turns = [{"role": "user", "content": "w1 w2"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "w1 w2 " and tokenizer.eos_token == "<eos>"
+
+
 def test_holdout_shares_no_prompt_and_forgets_nothing():
     rows = Dataset.from_list([{"prompt": f"p {i // 3}", "id": i} for i in range(300)])
     kept, held = holdout_by_prompt(rows, 0.3, seed=1)
@@ -185,6 +204,13 @@ def test_load_splits(tmp_path):
 
     with pytest.raises(ValueError, match=r"names \['prime'\].*has \['even', 'odd'\]"):
         load_splits(DataArguments(dataset_name=path, dataset_source=["prime"]), wants_eval=False, seed=0)
+
+
+def test_a_text_field_of_another_name_is_held_out_by(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"content": f"w{i}", "text": "no"}) for i in range(40)))
+    arguments = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), eval_fraction=0.3)
+    train, held_out = load_splits(arguments, wants_eval=False, seed=0, text_field="content")
+    assert sorted([*train["text"], *held_out["text"]]) == sorted(f"w{i}" for i in range(40))
 
 
 def test_pairs_without_a_prompt_column_have_one_key_per_prompt():

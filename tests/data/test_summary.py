@@ -67,6 +67,12 @@ def test_a_row_that_is_no_preference_is_named():
         summarize_preferences(Dataset.from_list(rows), tiny_tokenizer())
 
 
+def test_rows_without_a_prompt_are_prompts_of_their_own():
+    rows = Dataset.from_list([{"completions": ["w1", "w2"], "target": [1.0, 0.0]}] * 2)
+    found = summarize_preferences(rows, tiny_tokenizer(), other=rows)
+    assert (found.prompts, found.leaked_prompts) == (2, 0)
+
+
 def test_prompts_and_sft():
     prompts = summarize_prompts(Dataset.from_list([{"prompt": "w1 w2"}, {"prompt": "w3"}]), tiny_tokenizer())
     assert (prompts.rows, prompts.prompt_tokens["max"], prompts.completion_tokens) == (2, 2, {})

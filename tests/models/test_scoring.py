@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from rlhf_ext.data.candidates import tokenize_candidates
 from rlhf_ext.models.scoring import (
     ModelReward,
     checked_reward,
@@ -161,6 +163,16 @@ def test_request_2_another_tokenizer_reads_the_text():
         assert score == pytest.approx(token_scores(model, ids, torch.ones_like(ids))[0, -1].item(), abs=1e-5)
     reward.eos_token_ids = {7}
     assert reward(["w1 "], ["good w2"], [[6, 7]])[0] == pytest.approx(scores[0], abs=1e-6)
+
+
+def test_a_cut_text_stays_open_where_the_tokenizer_closes_every_text():
+    own = tiny_tokenizer(words=tuple(reversed(WORDS)))
+    end = [("<eos>", own.eos_token_id)]
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=end)
+    reward = ModelReward(tiny_reward_model("llama", own), own, tiny_tokenizer())
+    for finished in (True, False):
+        row = {"prompt": "w1 ", "completions": ["good", "bad"], "truncated": [not finished, False]}
+        assert reward._text_ids("w1 ", "good", finished) == tokenize_candidates(row, own)["candidate_ids"][0]
 
 
 def test_an_encoder_is_read_through_its_own_forward():

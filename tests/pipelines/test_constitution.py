@@ -21,7 +21,6 @@ from rlhf_ext.pipelines import (
     constitution,
     constitution_evaluation,
     constitution_report,
-    constitution_sft,
     constitution_texts,
     constitution_training,
 )
@@ -37,6 +36,7 @@ from rlhf_ext.toyworld.constitution import PRINCIPLES, extra_words, judge_docume
 from rlhf_ext.toyworld.corpus import prompt_rows, sft_rows
 from rlhf_ext.toyworld.tiny import build_model, build_tokenizer
 from rlhf_ext.toyworld.words import vocabulary
+from rlhf_ext.trainers import sft_trainer
 from rlhf_ext.trainers.ppo_trainer import PPOTrainer
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 
@@ -450,9 +450,9 @@ def test_a_cut_revision_is_trained_on_without_an_end(world, tmp_path, kind):
         return [id for row in made["labels"] for id in row if id != -100], made["input_ids"][:]
 
     ended, ids = labels(SFTTrainer, ("prompt", "completion"))
-    ours, same = labels(constitution_sft.CompleteSFTTrainer, ("prompt", "completion"))
+    ours, same = labels(sft_trainer.CompleteSFTTrainer, ("prompt", "completion"))
     assert (ours, same) == (ended, ids)
-    ours, same = labels(constitution_sft.CompleteSFTTrainer, ("prompt", "completion", "truncated"))
+    ours, same = labels(sft_trainer.CompleteSFTTrainer, ("prompt", "completion", "truncated"))
     assert same == ids  # read, but not learnt
     first, second = (place for place, id in enumerate(ended) if id == tokenizer.eos_token_id)
     assert ours == ended[:first] + ended[first + 1 :] and ended[second] == ours[-1]

@@ -277,7 +277,7 @@ def test_calibration_is_in_the_unit_of_training(tmp_path):
     )
 
     def ece(gain=None, **training):
-        save_reward_config(tmp_path, "last", None, **training)
+        save_reward_config(tmp_path, "last", torch.float32, **training)
         if gain is not None:
             save_normalization(tmp_path, gain, 0.7)
         loaded = load_reward_model(tmp_path)

@@ -1,12 +1,14 @@
 """Gain and bias from samples of the fixed reference: before and after training, never multiplied, not of the trunk."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 
+from rlhf_ext.data.candidates import tokenize_candidates
 from rlhf_ext.models.generation import sample_completions
 from rlhf_ext.models.pooling import normalization_of
 from rlhf_ext.models.reward_functions import ModelReward
@@ -17,12 +19,13 @@ from rlhf_ext.pipelines.reward_normalization import (
     normalize_after,
     normalize_before,
     raw_scores,
+    reference_answers,
     reference_samples,
 )
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.functional.vectors import case
-from tests.tiny import tiny_causal_lm, tiny_tokenizer
+from tests.tiny import WORDS, tiny_causal_lm, tiny_tokenizer
 from tests.trainers.test_reward_trainer import PAIRS, loss_of, options, reference_scores
 
 
@@ -165,6 +168,50 @@ def test_reference_answers_are_read_from_rows_and_end(tmp_path, sft):
     with pytest.raises(ValueError, match="prompts only.*reference_model_path.*completion"):
         load_samples(str(file), None, tiny_tokenizer())
     assert load_samples(None, None, tiny_tokenizer()) is None
+
+
+def test_reference_answers_end_as_training_ends_them(tmp_path):
+    """Templates close a turn with a token of their own, behind which no end of sequence was ever read."""
+    tokenizer = tiny_tokenizer(words=(*WORDS, "<end_of_turn>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<end_of_turn>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<end_of_turn>'")
+    prompt, answer = [{"role": "user", "content": "w1 w2"}], [{"role": "assistant", "content": "good"}]
+    [read] = tokenize_candidates({"prompt": prompt, "completions": [answer]}, tokenizer)["candidate_ids"]
+    for completion in (answer, "good"):
+        samples = reference_answers(Dataset.from_list([{"prompt": prompt, "completion": completion}]), tokenizer)
+        assert samples.prompt_ids[0] + samples.completion_ids[0] == read
+    assert tokenizer.convert_ids_to_tokens(read)[-1] == "<end_of_turn>" and samples.texts == ["good"]
+
+
+def test_saving_again_keeps_the_unit_of_training(tmp_path, sft, samples):
+    """`push_to_hub` saves once more, after the model got its gain."""
+    trainer = build(tmp_path, sft)
+    normalize_before(trainer, samples)
+    trainer.train()
+    trainer.save_model()
+    gain, bias = normalize_after(trainer, tmp_path, samples)
+    before = json.loads((tmp_path / "reward_config.json").read_text())
+    trainer.save_model()
+    assert json.loads((tmp_path / "reward_config.json").read_text()) == before
+    assert before["score_gain"] == gain and before["training_gain"] == trainer.training_gain != gain
+
+
+def test_a_reference_without_a_pad_token_is_sampled(sft, samples):
+    bare = tiny_tokenizer()
+    bare.pad_token = None
+    found = reference_samples(sft, bare, PROMPTS, max_new_tokens=6)
+    assert found.completion_ids == samples.completion_ids
+
+
+def test_a_reference_is_quantised_as_in_training(tmp_path, sft, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(reward_normalization, "load_policy", lambda path, **kwargs: seen.update(kwargs) or 1 / 0)
+    shutil.copytree(sft, tmp_path / "sft")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "sft" / "base_quantization.json").write_text(json.dumps(settings))
+    with pytest.raises(ZeroDivisionError):
+        reference_samples(str(tmp_path / "sft"), tiny_tokenizer(), PROMPTS)
+    assert seen["quantization_config"].load_in_4bit
 
 
 def test_the_reference_stops_where_the_policy_does(tmp_path):

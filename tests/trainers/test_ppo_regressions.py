@@ -99,7 +99,7 @@ def test_a_summing_reward_adapter_is_refused(tmp_path, adapters):
 
     folder = tmp_path / "summing"
     shutil.copytree(adapters["llama"] / "reward", folder)
-    save_reward_config(str(folder), "sum", None)
+    save_reward_config(str(folder), "sum", torch.float32)
     with pytest.raises(ValueError, match="reward_aggregation='sum'.*load_reward_model"):
         build(tmp_path, base_policy(adapters["llama"]), reward_adapter=str(folder), peft_config=lora())
 

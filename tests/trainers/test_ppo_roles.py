@@ -14,7 +14,7 @@ from rlhf_ext.functional import compute_gae, masked_whiten, shape_rewards
 from rlhf_ext.models.roles import checkpoint_context
 from rlhf_ext.models.scoring import ModelReward, last_token_scores, load_reward_model
 from rlhf_ext.trainers.ppo_rollout import before_each_token, token_mask, whole_rows
-from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.tiny import WORDS, tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 
 
 PROMPTS = ["the cat", "good fine the mat sat on", "bad", "w1 w2 w3 w4 w5 w6 w7", "sat", "on the", "mat ?", "w9 w8 w7"]
@@ -374,6 +374,19 @@ def test_flags_of_the_chat_template_reach_reward_models(tmp_path):
         )
     good, bad = other("good bad")["input_ids"][:2]
     assert found[0][0] == good and found[1][0] == bad and found[0][1:] == found[1][1:]
+
+
+def test_a_reward_that_knew_another_policy_learns_of_this_one(tmp_path):
+    """One built for rollouts of its own tokenizer, as `load_reward_ensemble` builds them, reads texts from now on."""
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer(words=tuple(reversed(WORDS)))
+    model = tiny_reward_model("llama", other, seed=1)
+    found = []
+    for reward in (ModelReward(model, other, other), ModelReward(model, other, tokenizer)):
+        torch.manual_seed(0)
+        trainer = build(tmp_path, reward_funcs=reward, critic_model=tiny_reward_model("llama", tokenizer, seed=1))
+        rollout(trainer)
+        found.append(trainer._scores)
+    assert torch.equal(*found)
 
 
 def test_several_rewards_are_summed_with_their_weights(tmp_path):

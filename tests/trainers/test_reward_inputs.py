@@ -86,6 +86,21 @@ def test_centering_and_margins_work_with_pairs_only(tmp_path):
         build(tmp_path, [{**PAIR, "margin": 0.5}, {**PAIR, "margin": None}])
 
 
+def test_margins_of_a_stream_are_checked_as_they_come(tmp_path):
+    """Taken from the first reward, a margin for the second candidate would teach the opposite."""
+    rows = [{"prompt": "w1 ", "completions": ["good", "bad"], "best": best, "margin": 5.0} for best in (0, 1)]
+    trainer = PreferenceRewardTrainer(
+        model=tiny_reward_model("llama", tiny_tokenizer()),
+        args=PreferenceRewardConfig(
+            str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", max_steps=2
+        ),
+        train_dataset=Dataset.from_list(rows).to_iterable_dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+    with pytest.raises(ValueError, match="Row 1 has `margin` 5.0.*pairs only"):
+        trainer.train()
+
+
 def test_rows_are_checked_with_their_place(tmp_path):
     with pytest.raises(ValueError, match="Row 1.*`best` is 2.*0 to 1"):
         build(tmp_path, [{"completions": ["good", "bad"], "best": index} for index in (0, 2)])

@@ -257,11 +257,34 @@ def test_streams_and_messages_train_with_the_term(tmp_path, sft):
     assert len(logs[0]) == len(logs[1]) == 1 and logs[0][0] == pytest.approx(logs[1][0], rel=1e-5)
 
 
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_prompt_that_pairs_share_is_no_completion(tmp_path, sft, messages):
+    """Pairs in TRL's implicit form: the term reads what it reads where the prompt has a column of its own."""
+    apart = [{"prompt": f"w1 w{i} ", "chosen": "good w1", "rejected": "bad"} for i in range(4)]
+    whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
+    if messages:
+        turns = [("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")]
+        apart = [{name: [{"role": role, "content": row[name]}] for name, role in turns} for row in apart]
+        whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
+    found = []
+    for rows in (apart, whole):
+        options = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "max_steps": 1}
+        trainer = build(tmp_path, sft / "llama", rows, **options)
+        trainer.train()
+        starts = [list(row) for row in trainer.train_dataset["completion_starts"]]
+        found.append((starts, next(entry["lm_loss"] for entry in trainer.state.log_history if "lm_loss" in entry)))
+        assert trainer.preference_reports["train"].num_prompt_mismatches == 0
+    assert found[0][0] == found[1][0] and min(map(min, found[0][0])) > 0
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
 def test_what_cannot_work_is_refused(tmp_path, sft):
     with pytest.raises(ValueError, match="lm_coef.*no language-modelling head"):
         build(tmp_path, tiny_reward_model("llama", tiny_tokenizer()))
     with pytest.raises(ValueError, match="lm_coef.*no row.*preferred completion"):
         build(tmp_path, sft / "llama", ROWS[1:3])
+    with pytest.raises(ValueError, match="lm_coef.*token ids alone"):
+        build(tmp_path, sft / "llama", [{"chosen_ids": [5, 6, 1], "rejected_ids": [5, 7, 1]}])
     model = tiny_reward_model("llama", tiny_tokenizer())
     with pytest.raises(ValueError, match=r"lm_head.*\(3, 16\).*\(39, 16\)"):
         keep_lm_head(model, {"weight": torch.zeros(3, 16)})

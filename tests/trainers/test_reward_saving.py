@@ -9,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rlhf_ext.models.scoring import load_reward_model
 from rlhf_ext.trainers.reward_config import PreferenceRewardConfig
 from rlhf_ext.trainers.reward_trainer import PreferenceRewardTrainer
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -174,3 +175,24 @@ def test_a_new_head_is_drawn_as_in_the_papers_and_a_trained_one_is_kept(tmp_path
     assert torch.equal(new, head(tmp_path / "lm", 1))
     assert not torch.equal(new, head(tmp_path / "lm", 2))
     assert torch.equal(head(tmp_path / "rm", 1), trained.score.weight)
+
+
+def test_an_adapter_on_a_quantised_base_loads_in_the_dtype_it_was_trained_in(tmp_path):
+    """A base that is stored in bf16 and trained on in float32: embeddings and norms are not rounded on loading."""
+    tokenizer = tiny_tokenizer()
+    base = tiny_causal_lm("llama", tokenizer, dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = PreferenceRewardTrainer(
+        model=str(tmp_path / "base"),
+        args=PreferenceRewardConfig(str(tmp_path / "out"), **OPTIONS, model_init_kwargs={"dtype": "float32"}),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type=TaskType.SEQ_CLS),
+    )
+    trainer.train()
+    trainer.save_model()
+    torch.testing.assert_close(
+        scores_of(load_reward_model(tmp_path / "out")), scores_of(trainer.model), rtol=0, atol=1e-6
+    )
