@@ -217,7 +217,10 @@ def launch(run: LoopRun, round_: int, name: str) -> None:
 
 
 def _launched(folder: str, round_: int, name: str) -> None:
-    run, state = LoopRun.load(folder), PartialState()
+    run = LoopRun.load(folder)
+    # As the trainer of the step will: without a word accelerate sees no processes on a CPU.
+    given = run.args.reward if name == "reward" else run.args.ppo
+    state = PartialState(cpu=bool(given.get("use_cpu")))
     # Of a loop that was killed, the launched step may live on; the next one waits for it and finds it finished.
     lock = FileLock(run.step(round_, name).with_name(f".{name}.lock"), timeout=_LOCK_SECONDS)
     if state.is_main_process:

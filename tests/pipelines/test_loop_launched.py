@@ -46,21 +46,24 @@ def launched(folder, sft, prompts, kind, processes, peft):  # noqa: F811
     return folder / "run" / "round_1"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def one(request, tmp_path_factory, sft, prompts):  # noqa: F811
     folder = tmp_path_factory.mktemp("one") / "one"
     return launched(folder, sft, prompts, "cpu", 1, request.param), request.param
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "multi_gpu" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_two_processes_train_what_one_does(tmp_path, one, sft, prompts, kind):  # noqa: F811
     alone, peft = one
     together = launched(tmp_path / "two", sft, prompts, kind, 2, peft)
     assert {path.name for path in (tmp_path / "two" / "ranks").iterdir()} == {
         f"{KINDS[kind]}-{rank}-of-2" for rank in (0, 1)
     }
-    assert read_jsonl(alone / "labels" / "rows.jsonl") == read_jsonl(together / "labels" / "rows.jsonl")
+    rows = [read_jsonl(round_ / "labels" / "rows.jsonl") for round_ in (alone, together)]
+    # A pool has the id of its run.
+    assert len({row.pop("pool") for both in rows for row in both}) == 2 and rows[0] == rows[1]
     name = "adapter_model.safetensors" if peft else "model.safetensors"
     start = load_file(Path(sft) / "model.safetensors")
     for step in ("reward", "policy"):
