@@ -188,8 +188,10 @@ def load_splits(
 
 
 def _with_text(rows: Dataset, field: str) -> Dataset:
-    if field == "text" or field not in rows.column_names:
+    columns = set(rows.column_names)
+    if field == "text" or field not in columns and ("messages" in columns or {"prompt", "completion"} <= columns):
         return rows
+    require_columns(rows, [field], what="the rows, of which `dataset_text_field` names it")
     return rows.remove_columns([name for name in rows.column_names if name == "text"]).rename_column(field, "text")
 
 

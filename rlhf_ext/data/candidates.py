@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .loading import common_prefix_length, shared_start
-from .preferences import TARGET_TOLERANCE, PreferenceReport, is_truncated
+from .loading import common_prefix_length, implicit_prompt
+from .preferences import IMPLICIT, TARGET_TOLERANCE, PreferenceReport, is_truncated
 
 
 CANDIDATE_COLUMNS = ("candidate_ids", "completion_starts", "target", "ranking", "row", "margin")
@@ -98,7 +98,7 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
     """
     Find where the completions of tokenised candidates begin.
 
-    A pair without a `prompt` begins with it ([`~rlhf_ext.data.loading.shared_start`]). Of completions alone every
+    A pair without a `prompt` begins with it ([`~rlhf_ext.data.loading.implicit_prompt`]). Of completions alone every
     token counts.
 
     Returns:
@@ -106,10 +106,12 @@ def locate_completions(row: dict[str, Any], processing_class: PreTrainedTokenize
         alone; `prompt_mismatch`, whether that is fewer than the prompt has; `longest`, the most tokens of a candidate.
     """
     candidate_ids, prompt = row["candidate_ids"], row.get("prompt")
-    is_implicit = prompt is None and row.get("chosen") is not None and row.get("rejected") is not None
-    if is_implicit:
-        prompt = shared_start(row["chosen"], row["rejected"])
-    if not prompt:
+    is_implicit = prompt is None
+    if is_implicit and row.get("chosen") is not None and row.get("rejected") is not None:
+        prompt = implicit_prompt(row["chosen"], row["rejected"])
+    elif is_implicit:
+        prompt = row.get(IMPLICIT)
+    if prompt is None:
         prompt_ids = []
     elif isinstance(prompt, str):
         prompt_ids = processing_class(text=prompt)["input_ids"]

@@ -178,6 +178,17 @@ def is_empty(value: Any) -> bool:
     return False
 
 
+def implicit_prompt(first: Any, second: Any) -> Any:
+    """The prompt that a pair holds, `None` where none can be told: it leaves each side an answer, and as messages it
+    has a turn of the user, without which many templates render nothing."""
+    shared = shared_start(first, second)
+    if isinstance(shared, str):
+        return shared if shared and len(shared) < min(len(first), len(second)) else None
+    if len(shared) == min(len(first), len(second)):  # one conversation goes on where the other ends
+        shared = shared[:-1]
+    return shared if any(turn.get("role") == "user" for turn in shared) else None
+
+
 def _load_local(path: Path, split: str) -> Dataset:
     if path.is_file():
         if split != "train":

@@ -24,8 +24,13 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from .loading import implicit_prompt
+
 
 LABEL_COLUMNS = ("target", "best", "ranking")
+
+IMPLICIT = "implicit_prompt"
+"""Column of the prompt that a pair without one holds; `None` where none can be told."""
 
 TARGET_TOLERANCE = 1e-4
 """How far a target may be from a sum of 1: what float32 leaves of a distribution, not a rounded percentage."""
@@ -153,6 +158,8 @@ def normalize_row(row: Mapping[str, Any], index: int) -> dict[str, Any] | None:
             raise _error(index, name, completion, "text or messages like the rest of its row", "Use one form.")
     target, ranking = ([1.0, 0.0], None) if is_pair else _label(row, index, len(completions))
     normalized = {"completions": list(completions), "target": target, "ranking": ranking}
+    if is_pair and "prompt" not in row:
+        normalized[IMPLICIT] = implicit_prompt(*completions)
     if "truncated" in row:
         normalized["truncated"] = _truncated(row["truncated"], index, completions)
     return {"prompt": prompt, **normalized} if "prompt" in row else normalized
@@ -321,4 +328,5 @@ def _is_kept(row: dict[str, Any]) -> bool:
 
 
 def _pair_to_completions(row: dict[str, Any]) -> dict[str, Any]:
-    return {"completions": [row["chosen"], row["rejected"]]}
+    pair = [row["chosen"], row["rejected"]]
+    return {"completions": pair} | ({} if "prompt" in row else {IMPLICIT: implicit_prompt(*pair)})

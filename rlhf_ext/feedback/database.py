@@ -118,7 +118,7 @@ def shown_location(location: str | Path | URL) -> str:
     if url is None:
         return without_passwords(str(location))
     query = {name: "***" if "password" in name.lower() else value for name, value in url.query.items()}
-    return url.set(query=query).render_as_string(hide_password=True)
+    return url.set(query=query).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 def store_url(location: str | Path | URL) -> URL:

@@ -32,6 +32,13 @@ logger = logging.get_logger(__name__)
 HEAD_KEY = "base_model.model.score.weight"
 
 
+_INSTEAD = {
+    "reward_adapter": "Pass the folder that PreferenceRewardTrainer saved with a LoRA peft_config, or give a full "
+    "reward model in `reward_funcs`.",
+    "critic_model": "Beside a `reward_adapter` pass a critic adapter, or set critic='model' for a model of its own.",
+}
+
+
 def read_scalar_adapter(
     folder: str, field: str = "reward_adapter"
 ) -> tuple[LoraConfig, dict[str, torch.Tensor], torch.Tensor]:
@@ -55,10 +62,7 @@ def read_scalar_adapter(
             "that PreferenceRewardTrainer saved."
         ) from error
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ValueError(
-            f"{field}={folder!r} has no adapter_config.json. Pass the folder that PreferenceRewardTrainer "
-            "saved with a LoRA peft_config, or give a full reward model in `reward_funcs`."
-        )
+        raise ValueError(f"{field}={folder!r} has no adapter_config.json. {_INSTEAD[field]}")
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{field}={folder!r} is a {config.peft_type} adapter; only LoRA adapters can share a base.")

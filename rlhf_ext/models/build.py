@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from .adapters import add_policy_copy, add_scalar_adapter, check_leaves_base
 from .base_quantization import QUANTIZATION_FILE, without_cpu_packing
-from .hub import check_safetensors, find_file
+from .hub import check_safetensors, find_file, local_folder
+from .reward_checkpoints import is_saved_critic
 from .roles import CRITIC, POLICY, REFERENCE, REWARD, TARGET, RoleSwitch, ScalarHead, base_of, bind_roles
 from .sharding import whole_weights
 
@@ -197,8 +198,11 @@ def build_roles(
         weight, (gain, bias) = add_scalar_adapter(model, REWARD, reward_adapter)
         heads[REWARD] = ScalarHead(weight, gain, bias, trainable=False)
         unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
-        if critic == "adapter" and critic_model is not None:  # in the unit that PPO pays in already
-            weight, unit = add_scalar_adapter(model, CRITIC, critic_model, field="critic_model")
+        if critic == "adapter" and critic_model is not None:
+            weight, (gain, bias) = add_scalar_adapter(model, CRITIC, critic_model, field="critic_model")
+            # A critic is in the unit that PPO pays in already, a reward adapter in its own.
+            pays = is_saved_critic(local_folder(critic_model))
+            unit = (gain, bias) if pays else (value_unit[0] * gain, value_unit[0] * bias + value_unit[1])
         elif critic == "adapter":
             add_scalar_adapter(model, CRITIC, reward_adapter)
         if critic in ("adapter", "shared"):

@@ -170,9 +170,9 @@ class CompleteCheckpointMixin:
                 shutil.rmtree(final.parent / ASIDE, ignore_errors=True)
             whole = [n for n in _numbers(final.parent) if _fault(final.parent / f"checkpoint-{n}") is None]
             last = f"the last one, checkpoint-{whole[-1]}, is whole" if whole else "there is none yet"
-            remedy = f"Free space in {str(final.parent)!r}, or lower `save_total_limit`, and resume."
-            if not isinstance(error, (OSError, SafetensorError)):
-                remedy = "This is no matter of the disk: see the error above."
+            remedy = "Mend that, and resume."
+            if _is_of_disk(error):
+                remedy = f"Free space in {str(final.parent)!r}, or lower `save_total_limit`, and resume."
             raise RuntimeError(
                 f"{final} could not be written ({type(error).__name__}: {error}); {last}. {remedy}"
             ) from error
@@ -229,6 +229,12 @@ def weights_digest(model: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether a write failed; torch's own writer says so by a `RuntimeError`."""
+    is_torch = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter"))
+    return isinstance(error, (OSError, SafetensorError)) or is_torch
 
 
 def _clear_aside(output_dir: Path) -> None:

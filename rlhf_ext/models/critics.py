@@ -1,6 +1,7 @@
 """Which critic a run has, and how one that is a model of its own is made."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def choose_critic(
         critic = "none" if not reads_values else "adapter" if reward_adapter is not None else "model"
     if critic in ("adapter", "shared") and reward_adapter is None:
         raise ValueError(f"critic={critic!r} starts from a `reward_adapter`, which was not given. Pass its folder.")
+    critic_model = os.fspath(critic_model) if isinstance(critic_model, os.PathLike) else critic_model
     if critic == "adapter" and isinstance(critic_model, str):
         return critic, critic_model
     if critic != "model":

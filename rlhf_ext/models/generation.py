@@ -90,33 +90,51 @@ def sample_completions(
         **sampling,
     )
     device = next(model.parameters()).device
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    _check_room(model, tokenizer, prompts, add_special_tokens, max_new_tokens)
     training = model.training
     model.eval()
-    for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
-        batch = _padded_prompts(tokenizer, repeated[start : start + batch_size], add_special_tokens)
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        if context is not None and ids.size(1) + max_new_tokens > context:
-            raise ValueError(
-                f"A prompt of {ids.size(1)} tokens and `max_new_tokens` {max_new_tokens} do not fit into the model's "
-                f"context of {context}. Shorten the prompts, or sample fewer tokens."
-            )
-        with without_generation_defaults(model):
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
-        for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
-            end = next((place for place, token in enumerate(row) if token in ends), None)
-            row = row if end is None else row[: end + 1]
-            samples.prompt_ids.append(prompt_row[keep].tolist())
-            samples.completion_ids.append(row)
-            samples.truncated.append(end is None)
-            samples.texts.append(tokenizer.decode(row, skip_special_tokens=True))
-    model.train(training)
+    try:
+        for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
+            batch = _padded_prompts(tokenizer, repeated[start : start + batch_size], add_special_tokens)
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            with without_generation_defaults(model):
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
+            for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in ends), None)
+                row = row if end is None else row[: end + 1]
+                samples.prompt_ids.append(prompt_row[keep].tolist())
+                samples.completion_ids.append(row)
+                samples.truncated.append(end is None)
+                samples.texts.append(tokenizer.decode(row, skip_special_tokens=True))
+    finally:
+        model.train(training)
     return samples
+
+
+def _check_room(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list, add_special_tokens: bool, max_new_tokens: int
+) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or getattr(type(base_of(model)), "_is_stateful", False):  # recurrent families read on
+        return
+    longest = max(_lengths(tokenizer, prompts, add_special_tokens), default=0)
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"A prompt of {longest} tokens and `max_new_tokens` {max_new_tokens} do not fit into the model's context "
+            f"of {context}. Shorten the prompts, or sample fewer tokens."
+        )
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, prompts: list, add_special_tokens: bool) -> list[int]:
+    if prompts and isinstance(prompts[0], str):
+        return [len(ids) for ids in tokenizer(prompts, add_special_tokens=add_special_tokens)["input_ids"]]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return [len(ids) for ids in tokenizer.apply_chat_template(prompts, **options)["input_ids"]] if prompts else []
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> int:
     """Tokens of a prompt as [`sample_completions`] reads it."""
-    return int(_padded_prompts(tokenizer, [prompt], add_special_tokens=True)["attention_mask"].sum())
+    return _lengths(tokenizer, [prompt], add_special_tokens=True)[0]
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -62,6 +62,11 @@ def classifier_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def gives_values(model: nn.Module) -> bool:
+    """Whether a model was saved as a critic: its numbers are values, and no scores."""
+    return bool(getattr(_base_of(model), "is_critic", False))
+
+
 def set_normalization(model: nn.Module, gain: float, bias: float) -> None:
     """Let a reward model score gain * score + bias from now on; its weights stay as they were trained.
 

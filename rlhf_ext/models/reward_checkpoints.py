@@ -99,6 +99,7 @@ def load_reward_model(
     normalization = saved_normalization(path)
     if normalization is not None:
         set_normalization(model, *normalization)
+    base.is_critic = bool(saved.get("is_critic", False))
     base.score_training = (float(saved.get("training_gain", 1.0)), float(saved.get("prediction_noise", 0.0)))
     return model.to(device).eval() if device is not None else model.eval()
 

@@ -15,6 +15,7 @@ from ..data.candidates import end_at_closer, without_added_eos
 from ..data.loading import common_prefix_length
 from ..functional.batching import length_chunks
 from .pooling import (
+    gives_values,
     has_normalization,
     last_token_scores,
     log_odds_of,
@@ -73,6 +74,10 @@ class ModelReward:
         if labels != 1:
             raise ValueError(
                 f"The reward model {_name_of(model)!r} has `num_labels` {labels}; it must give one score."
+            )
+        if gives_values(model):
+            raise ValueError(
+                f"{_name_of(model)!r} is a critic that PPO saved: its values are no scores. Pass a reward model."
             )
         self.model = model
         self.processing_class = processing_class

@@ -170,9 +170,9 @@ def load_reward(
     """The frozen reward model that `func` is or names, and its tokenizer; `None` for a Python function."""
     if isinstance(func, str):
         func = local_folder(func) if is_inside_repo(func) else func
-        path, func = func, load_reward_model(func, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        if is_saved_critic(path):
-            raise ValueError(f"{path!r} is a critic that PPO saved: its values are no scores. Pass a reward model.")
+        if is_saved_critic(func):
+            raise ValueError(f"{func!r} is a critic that PPO saved: its values are no scores. Pass a reward model.")
+        func = load_reward_model(func, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if not isinstance(func, nn.Module):
         return None, None
     name = getattr(func.config, "_name_or_path", "")

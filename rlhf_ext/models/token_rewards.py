@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .pooling import normalization_of, token_scores
 from .reward_functions import ModelReward, inference
@@ -31,6 +32,9 @@ class TokenModelReward(ModelReward):
                 f"The reward model {self.__name__!r} is read at the last token; its outputs before it are untrained. "
                 'Train one with reward_aggregation="sum", or pass this one in `reward_funcs`.'
             )
+
+    def set_policy(self, policy_processing_class: PreTrainedTokenizerBase) -> None:
+        super().set_policy(policy_processing_class)
         if not self.shares_tokenizer:
             raise ValueError(
                 f"The reward model {self.__name__!r} has another tokenizer than the policy: its scores belong to "

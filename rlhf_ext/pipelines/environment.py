@@ -164,7 +164,9 @@ def run_shape(
         reward_lora=_reward_lora(script_args.reward_adapter_path, lora),
         reference=reference,
         critic=critic,
-        critic_config=other(script_args.critic_model_path or script_args.reward_model_path),
+        critic_config=other(script_args.critic_model_path or script_args.reward_model_path)
+        if critic == "model"
+        else config,
         reward_configs=[other(name) for name in models],
         rows=training_args.per_device_train_batch_size,
         rollout=training_args.per_device_train_batch_size * training_args.steps_per_generation,

@@ -94,8 +94,11 @@ class CheckpointMixin(CompleteCheckpointMixin):
             self._digests = {f"weights of {name}": weights_digest(model) for name, model in whole.items()}
             units = {name: normalization_of(model) for name, model in models.items() if name != "reference"}
             units |= {"reward_adapter": unit_of(self.reward_funcs[0])}
-            if getattr(self.roles.base, f"{REWARD}_head", None) is not None:
-                units["the reward head"] = self.roles.base.reward_head.score_normalization
+            for name in (REWARD, CRITIC):
+                if getattr(self.roles.base, f"{name}_head", None) is not None:
+                    units[f"the {name} head"] = getattr(self.roles.base, f"{name}_head").score_normalization
+            if self.critic == "model":
+                units["the critic"] = normalization_of(self.roles.base.critic)
             self._digests |= {f"gain and bias of {name}": str(unit) for name, unit in units.items()}
         return self._digests
 

@@ -7,7 +7,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from rlhf_ext.data.arguments import DataArguments, load_splits
-from rlhf_ext.data.loading import holdout_by_prompt, load_rows, prompt_key, require_columns, shared_start
+from rlhf_ext.data.loading import (
+    holdout_by_prompt,
+    implicit_prompt,
+    load_rows,
+    prompt_key,
+    require_columns,
+    shared_start,
+)
 from rlhf_ext.data.prompts import set_up_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -137,6 +144,18 @@ def test_require_columns():
         require_columns(dataset, ["prompt"])
 
 
+def test_the_prompt_of_a_pair_leaves_each_side_an_answer():
+    ask, yes, no = (
+        {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "y"), ("user", "n"))
+    )
+    system = {"role": "system", "content": "s"}
+    assert implicit_prompt([ask, yes], [ask, {**yes, "content": "z"}]) == [ask]
+    assert implicit_prompt([ask, yes], [ask, yes, no, yes]) == [ask], "one goes on where the other ends"
+    assert implicit_prompt([system, ask, yes], [system, no, yes]) is None, "no template renders a system turn alone"
+    assert implicit_prompt("Human: q Assistant: a", "Human: q Assistant: b c") == "Human: q Assistant:"
+    assert implicit_prompt("one", "one two") is None and implicit_prompt("x", "y") is None
+
+
 def test_a_call_of_a_tool_is_content():
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -211,6 +230,8 @@ def test_a_text_field_of_another_name_is_held_out_by(tmp_path):
     arguments = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), eval_fraction=0.3)
     train, held_out = load_splits(arguments, wants_eval=False, seed=0, text_field="content")
     assert sorted([*train["text"], *held_out["text"]]) == sorted(f"w{i}" for i in range(40))
+    with pytest.raises(ValueError, match="'contents' is missing in the rows, of which `dataset_text_field`"):
+        load_splits(arguments, wants_eval=False, seed=0, text_field="contents")
 
 
 def test_pairs_without_a_prompt_column_have_one_key_per_prompt():

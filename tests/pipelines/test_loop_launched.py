@@ -34,6 +34,7 @@ def launched(folder, sft, prompts, kind, processes, peft):  # noqa: F811
         peft=peft,
         num_rounds=1,
         labels_per_round=24,
+        reward_eval_fraction=0.0,  # batches of one size: a last one that is smaller is filled up on two processes
         gold_func=GOLD,
         launch_config=str(folder / "launch.yaml"),
         reward={**REWARD, **SGD, **size},

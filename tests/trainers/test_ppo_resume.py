@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from rlhf_ext.models.checkpoints import ASIDE, SEAL, check_checkpoint
+from rlhf_ext.models.checkpoints import ASIDE, SEAL, _is_of_disk, check_checkpoint
 from tests.trainers.resume_run import (
     assert_same_end,
     build,
@@ -171,6 +171,13 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used_only_when_asked(fol
     trainer = build(folder, "full", two, max_steps=4)
     trainer.train(resume_from_checkpoint=str(two / "checkpoint-3"))
     assert trainer.state.global_step == 4
+
+
+def test_a_full_disk_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as raised:
+        torch.save(torch.zeros(100_000), "/dev/full")
+    assert _is_of_disk(raised.value)
+    assert _is_of_disk(OSError(28, "No space left on device")) and not _is_of_disk(KeyError("penalty"))
 
 
 def test_nothing_to_resume(folder, tmp_path):

@@ -117,6 +117,22 @@ def test_resuming_under_another_gain_is_refused(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
+def test_resuming_with_a_critic_of_another_unit_is_refused(tmp_path, adapter):
+    """The weights come from the checkpoint, gain and bias from the arguments."""
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    given = {"reward_adapter": str(adapter / "reward"), "peft_config": lora(), "config": config}
+    first = build(tmp_path, AutoModelForCausalLM.from_pretrained(adapter / "base"), **given)
+    first.train()
+    other = build(
+        tmp_path / "other",
+        AutoModelForCausalLM.from_pretrained(adapter / "base"),
+        **{**given, "config": {**config, "reward_weights": [1.0]}},
+    )
+    other.roles.base.critic_head.score_normalization = (1.0, 7.0)
+    with pytest.raises(ValueError, match="gain and bias of the critic head"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_a_shared_critic_cannot_read_a_cut_text(tmp_path, adapter):
     with pytest.raises(ValueError, match="CutAt"):
         with_adapter(tmp_path, adapter, CutAt(str(adapter / "reward"), token="."), config={"critic": "shared"})

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.models.checkpoints import check_checkpoint
-from rlhf_ext.models.scoring import load_reward_model, token_scores
+from rlhf_ext.models.scoring import ModelReward, load_reward_model, token_scores
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
 from tests.trainers.ppo_runs import PROMPTS
 
@@ -233,6 +233,18 @@ def test_a_saved_critic_adapter_starts_the_next_critic(one_base, tmp_path):
         torch.testing.assert_close(outputs(following, role), outputs(trainer, role), atol=1e-5, rtol=0)
     assert following.critic == "adapter"
     assert any(p.requires_grad for name, p in following.model.named_parameters() if ".critic." in name)
+    # A reward adapter as start of the critic is in its own unit, and PPO pays in another.
+    weighted = {**arguments, "args": PPOConfig(output_dir=str(tmp_path), reward_weights=[3.0], **config)}
+    paths = {"reward_adapter": str(saved / "reward"), "critic_model": saved / "reward"}
+    torch.testing.assert_close(
+        outputs(PPOTrainer(**weighted, **paths), "critic"), 3 * outputs(trainer, "reward"), atol=1e-4, rtol=0
+    )
+    paths["critic_model"] = saved / "critic"
+    torch.testing.assert_close(
+        outputs(PPOTrainer(**weighted, **paths), "critic"), outputs(trainer, "critic"), atol=1e-5, rtol=0
+    )
+    with pytest.raises(ValueError, match="is a critic that PPO saved: its values are no scores"):
+        ModelReward(load_reward_model(saved / "critic"), tiny_tokenizer(), tiny_tokenizer())
     with pytest.raises(ValueError, match="is a critic that PPO saved.*critic_model="):
         PPOTrainer(**arguments, reward_adapter=str(saved / "critic"))
     with pytest.raises(ValueError, match="is a critic that PPO saved"):

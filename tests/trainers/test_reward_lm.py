@@ -258,7 +258,8 @@ def test_streams_and_messages_train_with_the_term(tmp_path, sft):
 
 
 @pytest.mark.parametrize("messages", [False, True])
-def test_a_prompt_that_pairs_share_is_no_completion(tmp_path, sft, messages):
+@pytest.mark.parametrize("path", ["pairs", "stream", "truncated"])
+def test_a_prompt_that_pairs_share_is_no_completion(tmp_path, sft, messages, path):
     """Pairs in TRL's implicit form: the term reads what it reads where the prompt has a column of its own."""
     apart = [{"prompt": f"w1 w{i} ", "chosen": "good w1", "rejected": "bad"} for i in range(4)]
     whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
@@ -268,10 +269,11 @@ def test_a_prompt_that_pairs_share_is_no_completion(tmp_path, sft, messages):
         whole = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in apart]
     found = []
     for rows in (apart, whole):
+        rows = [{**row, "truncated": [False, False]} for row in rows] if path == "truncated" else rows
         options = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "max_steps": 1}
-        trainer = build(tmp_path, sft / "llama", rows, **options)
+        trainer = build(tmp_path, sft / "llama", rows, streams=path == "stream", **options)
         trainer.train()
-        starts = [list(row) for row in trainer.train_dataset["completion_starts"]]
+        starts = [list(row["completion_starts"]) for row in trainer.train_dataset]
         found.append((starts, next(entry["lm_loss"] for entry in trainer.state.log_history if "lm_loss" in entry)))
         assert trainer.preference_reports["train"].num_prompt_mismatches == 0
     assert found[0][0] == found[1][0] and min(map(min, found[0][0])) > 0

@@ -153,8 +153,8 @@ async function answer(kind, value = null) {
     if (["taken", "labelled", "key"].includes(error.reason)) {
       // An answer whose reply was lost: to undo it, it has to be the last one here too.
       if (error.reason !== "taken") await findLastLabel().catch(() => {});
-      await nextTask().catch(report);
-      $("message").textContent = error.reason === "taken" ? words().taken : words().stored;
+      const why = error.reason === "taken" ? words().taken : words().stored;
+      await nextTask().then(() => { $("message").textContent = why; }, report);
     } else report(error);
   } finally {
     state.busy = false;
