@@ -53,6 +53,7 @@ def check_prompts(
     max_completion_length: int,
     max_positions: int | None,
     chat_template_kwargs: dict | None = None,
+    rollout_prompts: int = 1,
 ) -> None:
     """Check the rows of a prompt data set.
 
@@ -68,10 +69,12 @@ def check_prompts(
             Tokens that may be sampled.
         max_positions (`int`, *optional*):
             The model's context in tokens.
+        rollout_prompts (`int`, *optional*, defaults to 1):
+            Prompts of a rollout: with fewer none is ever whole, and nothing would be trained on.
 
     Raises:
-        ValueError: no row, no column `prompt`, a reserved column, an empty prompt, one that is neither text nor
-            messages, or one that leaves no room for a completion; the message names the rows.
+        ValueError: no row, fewer than a rollout takes, no column `prompt`, a reserved column, an empty prompt, one
+            that is neither text nor messages, or one that leaves no room for a completion; the message names the rows.
     """
     if dataset is None:
         return
@@ -112,4 +115,10 @@ def check_prompts(
             f"{name} has {len(long)} rows whose prompt and completion exceed the model's context of {max_positions} "
             f"tokens; row {index} has {length} prompt tokens and max_completion_length={max_completion_length}. Drop "
             "or shorten these prompts, or lower max_completion_length."
+        )
+    if isinstance(dataset, Dataset) and count < rollout_prompts:
+        raise ValueError(
+            f"{name} has {count} prompts, a rollout takes {rollout_prompts}, and prompts that fill none are left out: "
+            "nothing would be trained on. Give more prompts, or lower per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -111,14 +112,10 @@ class Database:
 
 def shown_location(location: str | Path | URL) -> str:
     """Where a store lies, to be shown: without a password, whether it stands before the host or among the options."""
-    try:
-        url = make_url(location) if isinstance(location, URL) or "://" in str(location) else None
-    except (ArgumentError, ValueError):
-        url = None
-    if url is None:
-        return without_passwords(str(location))
-    query = {name: "***" if "password" in name.lower() else value for name, value in url.query.items()}
-    return url.set(query=query).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
+    text = location.render_as_string(hide_password=False) if isinstance(location, URL) else str(location)
+    # The whole text is one URL, so that a password may hold anything: up to the last "@", or the next "&".
+    text = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", text, flags=re.DOTALL)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def store_url(location: str | Path | URL) -> URL:

@@ -176,6 +176,13 @@ def build_roles(
             "No parameter of the policy requires a gradient, so it would never change. Load its adapter with "
             "`is_trainable=True`, or pass a `peft_config`."
         )
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if narrow and not is_peft:
+        raise ValueError(
+            f"The policy trains in {narrow.pop()}, where updates at the learning rates of RLHF round to nothing. Load "
+            "it with dtype=torch.float32 (`bf16=True` computes in bf16 all the same), or train adapters "
+            "(`peft_config`)."
+        )
     if not is_peft and reward_adapter is not None:
         raise ValueError(
             "reward_adapter shares the base with the policy's adapter, but the policy has none. Give a `peft_config`, "

@@ -60,7 +60,10 @@ def run_environment(
         return None
     arguments = read_arguments(config)
     shape = run_shape(*arguments, model_config=model_config)
-    shape = replace(shape, ranks=num_processes, sharding=sharding)
+    # Lengths of a rollout were derived for one process.
+    whole = yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("generation_batch_size")
+    rollout = shape.rollout if whole is None else -(-int(whole) // num_processes)
+    shape = replace(shape, ranks=num_processes, sharding=sharding, rollout=rollout)
     plan = plan_memory(shape)
     card = card_bytes(card_gb, config) if shape.device == "cuda" or card_gb is not None else None
     print("\n".join(["", *plan_lines(plan, shape, card)]), flush=True)

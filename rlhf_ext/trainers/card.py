@@ -14,7 +14,7 @@ CURVES_FILE = "training_curves.png"
 
 # Arguments that say where, how loud and by whom, and not what was trained.
 _NO_HYPERPARAMETER = re.compile(
-    r"token|secret|password|api_key"
+    r"(?<!eos_)(?<!pad_)token$|^token|secret|password|api_key"
     r"|^(output_dir|logging_dir|run_name|project|report_to|disable_tqdm|log_level|accelerator_config|remove_unused)"
     r"|^(hub_|push_to_hub|save_|logging_|log_|eval_|dataloader_|trackio_|dataset_num_proc|num_completions_to_print)"
     r"|^(resume_from_checkpoint|ignore_data_skip|overwrite_output_dir|per_device_eval_batch_size|num_generations_eval|use_cpu)"

@@ -37,6 +37,11 @@ _OBJECTIVES = {
     "pg": "policy gradient, A log pi per token, without a ratio",
     "penalty": "PPO-Penalty, r A - {penalty_coef} KL(old || new) per token",
 }
+_KL = {
+    "k1": "(log pi - log ref)",
+    "k2": "(log pi - log ref)^2 / 2",
+    "k3": "(ref / pi - 1 + log pi - log ref)",
+}
 _ESTIMATORS = {
     "gae": "GAE (gamma {gamma}, lambda {gae_lambda})",
     "returns": "discounted returns (gamma {gamma}) minus the value where there is a critic",
@@ -73,10 +78,11 @@ class PPOCardMixin(HubMixin):
     def _card_facts(self, repo: str, dataset_name: str | None) -> list[tuple[str, str]]:
         base, args = public_name(self._base_name()), self.args
         intro = (
-            f"A policy on `{base}`, trained by PPO with a per-token KL reward. Written by `rlhf_ext`, a toolkit on "
-            "[TRL](https://github.com/huggingface/trl)."
+            f"A policy on `{base}`, trained by {self._name} with a per-token KL reward. Written by `rlhf_ext`, a "
+            "toolkit on [TRL](https://github.com/huggingface/trl)."
         )
         rewards = zip(self.reward_func_names, args.reward_weights or [1.0] * len(self.reward_func_names), strict=True)
+        scores = [f"{weight:g} x `{public_name(name)}`" for name, weight in rewards if name != "no_score"]
         target = args.adaptive_kl_target
         kl = f"{args.kl_coef}, fixed" if target is None else f"from {args.kl_coef}, led to {target} nats per sequence"
         numbers = {name: getattr(args, name) for name in ("epsilon", "epsilon_high", "gamma", "gae_lambda")}
@@ -92,8 +98,8 @@ class PPOCardMixin(HubMixin):
                 f"`{args.advantage_estimator}`: {_ESTIMATORS[args.advantage_estimator].format(**numbers)}"
                 + (", whitened over the rollout" if args.whiten_advantages else ""),
             ),
-            ("rewards", ", ".join(f"{weight:g} x `{public_name(name)}`" for name, weight in rewards)),
-            ("kl_coef", f"{kl}: minus kl_coef (log pi - log ref) on every token"),
+            ("rewards", ", ".join([*scores, *(f"`{public_name(f.__name__)}` per token" for f in self.token_rewards)])),
+            ("kl_coef", f"{kl}: minus kl_coef {_KL[args.kl_estimator]} on every token"),
             ("critic", f"`{self.critic}`" + (f", vf_coef {args.vf_coef}, epsilon_value {args.epsilon_value}")),
             (
                 "rollout",

@@ -20,8 +20,8 @@ from ..models.sharding import add_frozen, is_in_pieces
 
 
 # A checkpoint holds a rollout cut into batches: with another value of one of these it would be cut, repeated or
-# reached otherwise, or its log-probabilities would be those of another distribution. A learning rate comes back with
-# the schedule, so that another one would be passed over in silence.
+# reached otherwise, or its log-probabilities would be those of another distribution. Learning rates come back
+# with the schedule, and the optimizer's settings with its state, so that others would be passed over in silence.
 SAME_ON_RESUME = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -37,6 +37,12 @@ SAME_ON_RESUME = (
     "reward_weights",
     "learning_rate",
     "critic_learning_rate",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "adaptive_kl_target",
     "penalty_kl_target",
 )
@@ -56,7 +62,13 @@ class CheckpointMixin(CompleteCheckpointMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = None  # the mixin below finds and checks the folder, and calls `_on_resume`
         self._step, self._buffered_inputs = 0, None  # a second run must not begin on the rollout of the first
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        found = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise ValueError(
+                f"train_dataset gave no whole rollout of {self.args.generation_batch_size // self.num_generations} "
+                "prompts, so no step was taken. Give more rows, or lower the batch."
+            )
+        return found
 
     def _on_resume(self, checkpoint: str) -> None:
         self._resumed_from = checkpoint
@@ -76,6 +88,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
 
     def _run_shape(self) -> dict[str, Any]:
         shape = {name: getattr(self.args, name) for name in SAME_ON_RESUME}
+        shape["optim"] = str(getattr(self.args.optim, "value", self.args.optim))
         shape |= {"world_size": self.args.world_size, "critic": self.critic}
         if hasattr(self.train_dataset, "__len__"):
             shape["len(train_dataset)"] = len(self.train_dataset)
@@ -97,8 +110,9 @@ class CheckpointMixin(CompleteCheckpointMixin):
             for name in (REWARD, CRITIC):
                 if getattr(self.roles.base, f"{name}_head", None) is not None:
                     units[f"the {name} head"] = getattr(self.roles.base, f"{name}_head").score_normalization
-            if self.critic == "model":
-                units["the critic"] = normalization_of(self.roles.base.critic)
+            own = getattr(self.roles.base, CRITIC, None)
+            if own is not None:
+                units["the critic"] = normalization_of(own)
             self._digests |= {f"gain and bias of {name}": str(unit) for name, unit in units.items()}
         return self._digests
 

@@ -47,10 +47,15 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "ignore_data_skip": (False, "a resumed run would begin with the first prompts again"),
     "auto_find_batch_size": (False, "a halved batch breaks the rollout"),
     "max_tool_calling_iterations": (None, "tools are not supported"),
+    "bf16_full_eval": (False, "an evaluation would round what trains, for good"),
+    "fp16_full_eval": (False, "an evaluation would round what trains, for good"),
+    "enable_jit_checkpoint": (False, "it saves in the middle of a step, where a rollout has no place to go on from"),
+    "train_sampling_strategy": ("random", "prompts are drawn for rollouts, whatever their length"),
+    "ddp_static_graph": (None, "policy and critic are two forwards of one graph"),
 }
 
 # Sampling arguments that may pass through `generation_kwargs` without changing the distribution.
-_NEUTRAL_GENERATION_KWARGS = {"max_length", "use_cache", "cache_implementation"}
+_NEUTRAL_GENERATION_KWARGS = {"use_cache", "cache_implementation"}
 
 
 class ConfigChecks:

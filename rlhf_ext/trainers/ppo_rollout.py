@@ -193,6 +193,8 @@ class RolloutMixin:
             }.items()
             if key in rollout
         }
+        if mode == "eval":
+            self._count_eval_rows(len(everywhere["scores"]))
         statistics = rollout_statistics(**everywhere)
         metrics = self._metrics[mode]
         for name, value in statistics.items():

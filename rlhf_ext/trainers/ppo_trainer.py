@@ -40,6 +40,7 @@ from ..models.rewards import (
 from ..models.roles import checkpoint_context
 from ..models.score_wrappers import CutAt, ScoreWrapper, parts_of, unit_of
 from ..models.scoring import ModelReward, saved_normalization
+from .evaluation import EvaluationMixin
 from .launch import check_launch, prepare_frozen, reset_reentrant
 from .ppo_batches import BatchesMixin
 from .ppo_card import PPOCardMixin
@@ -58,6 +59,7 @@ class PPOTrainer(
     RewardsMixin,
     RolloutMixin,
     LossMixin,
+    EvaluationMixin,
     StepMetricsMixin,
     ThroughputMixin,
     BatchesMixin,
@@ -201,6 +203,7 @@ class PPOTrainer(
                 max_completion_length=args.max_completion_length,
                 max_positions=shortest_context(model, None if isinstance(critic_model, str) else critic_model),
                 chat_template_kwargs=args.chat_template_kwargs,
+                rollout_prompts=args.generation_batch_size // args.num_generations if name == "train_dataset" else 1,
             )
 
         self.roles = build_roles(

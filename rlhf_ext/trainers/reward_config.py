@@ -119,6 +119,11 @@ class PreferenceRewardConfig(RewardConfig):
             raise ValueError(
                 f"`lm_reduction` is {self.lm_reduction!r}, but `lm_coef` is 0.0, so nothing reads it. Set `lm_coef`."
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is True, but an evaluation would round what trains, for good. Leave it out."
+                )
         if self.label_smoothing_factor != 0.0:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.label_smoothing_factor}, but the loss does not read it. Use "

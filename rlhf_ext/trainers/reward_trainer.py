@@ -40,6 +40,7 @@ from ..models.lm_head import LM_FOLDER, LM_HEAD, keep_lm_head
 from ..models.pooling import classifier_of, normalization_of, pool_by_attention_mask
 from ..models.reward_checkpoints import plain_dtype, read_head, save_reward_config, set_head
 from ..models.sharding import whole_weights
+from .evaluation import EvaluationMetricsMixin
 from .launch import check_launch, reset_reentrant
 from .reward_card import RewardCardMixin
 from .reward_config import PreferenceRewardConfig
@@ -50,7 +51,9 @@ from .reward_model import check_adapter, checkpoint_head, new_head, score_peft_c
 logger = get_logger(__name__)
 
 
-class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, PreferenceDataMixin, RewardTrainer):
+class PreferenceRewardTrainer(
+    EvaluationMetricsMixin, CompleteCheckpointMixin, RewardCardMixin, PreferenceDataMixin, RewardTrainer
+):
     """
     Trains a reward model on pairs, best-of-K, ties, soft labels and rankings.
 
@@ -256,7 +259,7 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, Preferen
             )
             loss = loss + self.args.lm_coef * lm_loss
             self._log_lm(mode, lm_loss.detach(), lm_metrics["nll"], masks["lm_mask"])
-        self._log_batch(mode, scores.detach(), inputs["attention_mask"], metrics)
+        self._log_batch(mode, scores.detach(), inputs["attention_mask"], metrics, scores.new_tensor(len(rewards)))
         # The scores alone: `evaluate` would pad and keep whatever else stands here.
         return (loss, SequenceClassifierOutputWithPast(logits=outputs.logits)) if return_outputs else loss
 
@@ -270,9 +273,16 @@ class PreferenceRewardTrainer(CompleteCheckpointMixin, RewardCardMixin, Preferen
             )
 
     def _log_batch(
-        self, mode: str, scores: torch.Tensor, attention_mask: torch.Tensor, metrics: dict[str, torch.Tensor]
+        self,
+        mode: str,
+        scores: torch.Tensor,
+        attention_mask: torch.Tensor,
+        metrics: dict[str, torch.Tensor],
+        candidate_rows: torch.Tensor,
     ) -> None:
         gather = self.accelerator.gather_for_metrics
+        if mode == "eval":
+            self._count_eval_rows(self.accelerator.gather(candidate_rows[None]).sum().item())
         if mode == "train":
             self._total_train_tokens += gather(attention_mask.sum()).sum().item() // self._tp_size
         logged = self._metrics[mode]

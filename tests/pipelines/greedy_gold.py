@@ -31,6 +31,8 @@ _stock = PPOTrainer.__init__
 
 def _pinned(self: PPOTrainer, *args: Any, **kwargs: Any) -> None:
     _stock(self, *args, **kwargs)
+    if RANKS not in os.environ:  # another test of the process that imported this
+        return
     _greedy(self)
     state = self.accelerator.state
     plugin = state.deepspeed_plugin

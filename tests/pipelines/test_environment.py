@@ -105,6 +105,17 @@ def test_full_fine_tuning_and_folders(tmp_path, tiny):
     assert [c.hidden_size for c in shape.reward_configs] == [32]
 
 
+def test_a_whole_rollout_is_shared_by_the_processes(tmp_path, tiny, monkeypatch):
+    """A YAML may give the rollout of all processes; one process reads the YAML."""
+    seen, plan = [], environment.plan_memory
+    monkeypatch.setattr(environment, "plan_memory", lambda shape: seen.append(shape.rollout) or plan(shape))
+    lines = ["generation_batch_size: 64", "per_device_train_batch_size: 4", "use_cpu: true"]
+    config = yaml_with(tmp_path, *lines, without=["steps_per_generation"])
+    for processes in (1, 8):
+        environment.run_environment(config, tiny, num_processes=processes)
+    assert seen == [64, 8]
+
+
 def test_a_policy_that_starts_from_an_adapter_has_a_reference_adapter(tmp_path):
     tokenizer = tiny_tokenizer()
     tiny_causal_lm("llama", tokenizer).save_pretrained(tmp_path / "base")

@@ -143,7 +143,7 @@ def load(folder: Path) -> dict:
     found["next"] = [logits(following.model), role(following, "reward")]
     following = PPOTrainer(
         model="tester/full",
-        reward_funcs="tester/full/critic",
+        reward_funcs=lambda prompts, **kwargs: [0.0] * len(prompts),
         critic_model="tester/full/critic",
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),

@@ -192,6 +192,9 @@ class Case:
         if args.adaptive_kl_target is None:
             assert self.trainer.kl_coef == before == args.kl_coef
             return
+        if args.critic_warmup_rollouts:  # a policy that stands still says nothing about the coefficient
+            assert self.trainer.kl_coef == before == args.kl_coef
+            return
         assert before != args.kl_coef, "the rollout has to have been charged a coefficient that had moved"
         error = min(max(kl.sum(1).mean().item() / args.adaptive_kl_target - 1, -0.2), 0.2)
         expected = before * (1 + error * len(kl) / args.kl_horizon)
@@ -254,4 +257,7 @@ class Case:
         trainer._buffered_inputs = parts
         trainer._move_penalty()
         factor = 0.5 if read["kl"] < target / 1.5 else 2.0 if read["kl"] > target * 1.5 else 1.0
+        if trainer.args.critic_warmup_rollouts:
+            assert trainer.penalty_coef == before
+            return
         assert trainer.penalty_coef == before * factor and factor != 1.0

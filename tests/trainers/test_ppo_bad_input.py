@@ -92,6 +92,10 @@ ROWS = {
         },
         ["row 0 has 103 prompt tokens", "max_completion_length=26"],
     ),
+    "fewer than a rollout": (
+        {"rows": {"prompt": ["the"] * 7}},
+        ["train_dataset has 7 prompts, a rollout takes 8", "nothing would be trained on", "lower"],
+    ),
     "evaluation": (
         {"eval_dataset": Dataset.from_dict({"prompt": ["the", ""]})},
         ["eval_dataset has 1 empty prompts, first at row 1"],
@@ -114,6 +118,18 @@ def test_rows(tmp_path, case):
 
 def test_a_prompt_that_just_fits_is_taken(tmp_path):
     build(tmp_path, rows={"prompt": [LONG] * 8}, config={"max_completion_length": 28}, reward_funcs=zero)
+
+
+def test_a_stream_without_a_whole_rollout_is_no_success(tmp_path):
+    trainer = build(tmp_path, train_dataset=stream([{"prompt": "the"}] * 7), reward_funcs=zero)
+    with pytest.raises(ValueError, match="no whole rollout of 8 prompts"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_policy_that_trains_in_16_bits(tmp_path, dtype):
+    model = tiny_causal_lm("llama", tiny_tokenizer(), dtype=dtype)
+    refuses(tmp_path, "round to nothing", "dtype=torch.float32", "peft_config", model=model, reward_funcs=zero)
 
 
 def test_every_row_of_a_map_data_set_is_read_once_before_training(tmp_path):

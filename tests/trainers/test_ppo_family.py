@@ -10,12 +10,12 @@ from tests.trainers.test_ppo_roles import logged, weights
 def test_an_evaluation_keeps_the_head_of_the_rollout_in_use(tmp_path):
     trainer = make_trainer(tmp_path, policy_objective="penalty")
     rollout(trainer)
-    kept = trainer._old_heads["train"].clone()
+    kept = trainer._old_heads["train"][0].clone()
     stir(trainer)
     trainer.model.eval()
     trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
-    assert torch.equal(trainer._old_heads["train"], kept)
-    assert not torch.equal(trainer._old_heads["eval"], kept)
+    assert torch.equal(trainer._old_heads["train"][0], kept)
+    assert not torch.equal(trainer._old_heads["eval"][0], kept)
 
 
 def test_the_penalty_follows_the_kl_after_each_update(tmp_path):

@@ -188,7 +188,14 @@ def test_nothing_to_resume(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_iterations", 4), ("seed", 1), ("per_device_train_batch_size", 4), ("temperature", 0.5)]
+    ("name", "value"),
+    [
+        ("num_iterations", 4),
+        ("seed", 1),
+        ("per_device_train_batch_size", 4),
+        ("temperature", 0.5),
+        ("weight_decay", 0.5),
+    ],
 )
 def test_another_shape_of_run_is_refused(folder, two, name, value):
     with pytest.raises(ValueError, match=f"{name}={value}, but .*checkpoint-6.* was written with"):

@@ -287,6 +287,19 @@ def test_every_objective_writes_checkpoints_and_its_card(tmp_path, objective, wo
     check_checkpoint(tmp_path / "run" / "checkpoint-2")
 
 
+def test_the_card_names_what_was_paid(tmp_path):
+    def by_token(prompts, completion_ids, **kwargs):
+        return [[1.0] * len(ids) for ids in completion_ids]
+
+    policy, config = tiny_causal_lm("llama", tiny_tokenizer()), {"max_steps": 1, "save_strategy": "no"}
+    trainer = train(tmp_path, policy, token_reward_funcs=by_token, config={**config, "kl_estimator": "k3"})
+    trainer.create_model_card("run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        "`by_token` per token" in card and "x `no_score`" not in card and "(ref / pi - 1 + log pi - log ref)" in card
+    )
+
+
 def test_the_card_says_ppo(full):
     _, folder = full
     card = (folder / "run" / "README.md").read_text()
