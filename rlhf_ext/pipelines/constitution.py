@@ -37,6 +37,7 @@ from .evaluation_checks import check_policy_files
 from .evaluation_policy import check_sampling
 from .evaluation_scorers import function_scorer
 from .finished_runs import alone_in, arguments_that_matter, digest_of, run_once
+from .policy_checks import check_policy_dtype
 
 
 def run_constitution(args: ConstitutionArguments, model_args: ModelConfig) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class _Run:
                 f"`model_name_or_path` {self.helper!r} is an adapter, on which the run would put others. Merge it "
                 "into its base first (`rlhf-ext merge`)."
             )
+        check_policy_dtype(model_args, args.trust_remote_code)
         context = check_policy_files(self.helper, "model_name_or_path", args.trust_remote_code, self.revision)
         contexts = {
             name: check_policy_files(getattr(args, name), name, args.trust_remote_code)
@@ -134,6 +136,13 @@ class _Run:
             rows = Dataset.from_list([{"prompt": as_prompt(prompt, args.as_messages)} for prompt in prompts])
             if prompts:
                 check_sampling(tokenizer, rows, args.max_completion_length, context, f"helpful, `{name}`")
+        ppo = training.configs["ppo"]
+        rollout = ppo.generation_batch_size // ppo.num_generations
+        if len(self.prompts) < rollout:
+            raise ValueError(
+                f"`red_team_prompts` and `helpful_prompts` have {len(self.prompts)} prompts, a rollout of PPO takes "
+                f"{rollout}: it would train on nothing. Give more prompts, or lower the batch in `ppo`."
+            )
         read_by_judge = training.tokenizer(self.judge), contexts["judge_model_path"]
         read_by_reviser = training.tokenizer(self.reviser), contexts["reviser_model_path"]
         check_contexts(args, self.principles, self.red_team, read_by_judge, read_by_reviser)

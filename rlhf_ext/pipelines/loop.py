@@ -32,6 +32,7 @@ from .loop_run import MANIFEST_FILE, LoopRun, write_whole
 from .loop_samples import write_samples, write_selection
 from .loop_toy import prepare_toy
 from .loop_training import free_memory, ppo_config, probe_names, reward_config, train_policy, train_reward
+from .policy_checks import check_policy_dtype
 
 
 WORK: dict[str, Callable[[LoopRun, int, Path], dict[str, Any]]] = {
@@ -109,13 +110,19 @@ def check(run: LoopRun) -> None:
         import_function(name)
     check_scorer_names(run)
     configs = check_configs(run)
-    for what, rows in (("train prompts", run.train_prompts), ("held-out prompts", run.eval_prompts)):
+    check_policy_dtype(run.model_args, args.trust_remote_code)
+    rollout = configs["ppo"].generation_batch_size // configs["ppo"].num_generations
+    for what, rows, least in (
+        ("train prompts", run.train_prompts, rollout),
+        ("held-out prompts", run.eval_prompts, 1),
+    ):
         check_prompts(
             Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
             f"`dataset_name` ({what})",
             run.tokenizer,
             max_completion_length=run.max_completion_length,
             max_positions=max_positions,
+            rollout_prompts=least,
         )
     check_labeller(run)
     if args.launch_config is not None:

@@ -335,6 +335,7 @@ def poisoned(value):
         ({"red_team_prompts": "long.jsonl"}, "helpful, `red_team_prompts`.*exceed the model's context of"),
         ({"max_completion_length": 4000}, "exceed the model's context of"),
         ({"max_completion_length": 100}, "question to the judge, with two answers .*`judge_model_path`"),
+        ({"ppo": {"per_device_train_batch_size": 512}}, "a rollout of PPO takes 512"),
         ({"toy": True}, "`toy` builds its own"),
         ({"toy_settings": {"a": 1}}, "without `toy: true`"),
         ({"temperature": 0.0}, "temperature"),

@@ -363,6 +363,16 @@ def test_what_a_step_was_asked_for_is_written_whole_or_not_at_all(tmp_path, monk
     assert read_run(folder)["settings"] == {"a": 2}
 
 
+def test_what_ppo_would_refuse_comes_before_the_first_step(tmp_path, sft, prompts):
+    args, model_args = arguments(tmp_path / "run", sft, prompts)
+    model_args.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="`dtype` is 'bfloat16'.*`use_peft`"):
+        loop.check(LoopRun(args, model_args))
+    args, model_args = arguments(tmp_path / "wide", sft, prompts, ppo={**PPO, "per_device_train_batch_size": 512})
+    with pytest.raises(ValueError, match="a rollout takes 512.*nothing would be trained on"):
+        loop.check(LoopRun(args, model_args))
+
+
 def test_a_judge_whose_context_is_too_short_is_refused_first(tmp_path, sft, prompts, monkeypatch):
     run = LoopRun(*arguments(tmp_path / "run", sft, prompts, labels="judge", judge_model_path="judge"))
     judge = SimpleNamespace(context=26, question_lengths=lambda texts, *answers: [14] * len(texts))
