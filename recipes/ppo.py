@@ -90,7 +90,7 @@ def main(script_args: ScriptArguments, training_args: PPOConfig, model_args: Mod
     adapter = script_args.reward_adapter_path
     reward, doubt = script_args.reward_model_path, []
     if is_reward_ensemble(reward):
-        trust = model_args.trust_remote_code
+        trust = training_args.trust_remote_code
         ensemble = load_reward_ensemble(reward, policy_processing_class=tokenizer, trust_remote_code=trust)
         reward, doubt = ensemble.mean, [ensemble.spread]
     rewards = [treat(reward)] if reward else []
