@@ -21,7 +21,7 @@ def read_run(folder: Path) -> tuple[list[dict], pd.DataFrame]:
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     updates = [entry for entry in history if "kl" in entry]
-    tables = [pd.read_parquet(path) for path in sorted((folder / "completions").glob("*.parquet"))]
+    tables = [pd.read_parquet(path) for path in sorted((folder / "completions").glob("completions_*.parquet"))]
     # Every epoch writes the table of its rollout again.
     frame = pd.concat(tables).drop_duplicates(["prompt", "completion"])
     score = next(name for name in frame.columns if name not in ("step", "prompt", "completion", "advantage"))
