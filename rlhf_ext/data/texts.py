@@ -17,5 +17,5 @@ def text_of(value: Any) -> str:
 def without_passwords(text: str) -> str:
     """A text in which passwords inside URLs are `***`: it may hold the URL of a label store, and be shown around."""
     # Up to the last "@": a password may hold a slash or an "@".
-    text = re.sub(r"(://[^:/@\s]*):[^\s\"]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/\s]*):[^\s\"]*@", r"\1:***@", text)
     return re.sub(r"([?&]\w*password=)[^&\s\"]*", r"\1***", text)

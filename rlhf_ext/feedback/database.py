@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError
@@ -113,9 +114,11 @@ class Database:
 def shown_location(location: str | Path | URL) -> str:
     """Where a store lies, to be shown: without a password, whether it stands before the host or among the options."""
     text = location.render_as_string(hide_password=False) if isinstance(location, URL) else str(location)
-    # The whole text is one URL, so that a password may hold anything: up to the last "@", or the next "&".
-    text = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", text, flags=re.DOTALL)
-    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", text, flags=re.IGNORECASE)
+    # The whole text is one URL, so that a user name or a password may hold anything: up to the last "@".
+    place, mark, options = re.sub(r"(://[^:/]*):.*@", r"\1:***@", text, flags=re.DOTALL).partition("?")
+    pairs = [option.partition("=") for option in options.split("&")]
+    hidden = ["password" in unquote(name).lower() for name, _, _ in pairs]
+    return place + mark + "&".join(n + s + ("***" if h else v) for (n, s, v), h in zip(pairs, hidden, strict=True))
 
 
 def store_url(location: str | Path | URL) -> URL:

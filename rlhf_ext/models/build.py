@@ -176,12 +176,17 @@ def build_roles(
             "No parameter of the policy requires a gradient, so it would never change. Load its adapter with "
             "`is_trainable=True`, or pass a `peft_config`."
         )
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    if narrow and not is_peft:
+    narrow = {
+        name: p.dtype
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) and ".lora_" not in name
+    }
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
         raise ValueError(
-            f"The policy trains in {narrow.pop()}, where updates at the learning rates of RLHF round to nothing. Load "
-            "it with dtype=torch.float32 (`bf16=True` computes in bf16 all the same), or train adapters "
-            "(`peft_config`)."
+            f"{len(narrow)} parameters of the policy train in {dtype}, {name!r} first, where updates at the learning "
+            "rates of RLHF round to nothing. Load it with dtype=torch.float32 (`bf16=True` computes in bf16 all the "
+            "same), or train LoRA weights alone (`peft_config` without `modules_to_save`)."
         )
     if not is_peft and reward_adapter is not None:
         raise ValueError(

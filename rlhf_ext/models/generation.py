@@ -78,6 +78,7 @@ def sample_completions(
     Raises:
         ValueError: a prompt and its completion would not fit into the model's context.
     """
+    prompts = list(prompts)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     samples = Samples(repeated, [], [], [], [])
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}

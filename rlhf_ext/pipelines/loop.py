@@ -112,6 +112,8 @@ def check(run: LoopRun) -> None:
     configs = check_configs(run)
     check_policy_dtype(run.model_args, args.trust_remote_code)
     rollout = configs["ppo"].generation_batch_size // configs["ppo"].num_generations
+    if args.launch_config is not None and "generation_batch_size" not in args.ppo:
+        rollout *= _launch_settings(args.launch_config).get("num_processes") or 1
     for what, rows, least in (
         ("train prompts", run.train_prompts, rollout),
         ("held-out prompts", run.eval_prompts, 1),
@@ -142,10 +144,7 @@ def check_configs(run: LoopRun) -> dict[str, TrainingArguments]:
 
 def _check_launch_config(run: LoopRun, configs: Mapping[str, TrainingArguments]) -> None:
     path = str(run.args.launch_config)
-    try:
-        kind = str(yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("distributed_type"))
-    except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"`launch_config` is {path!r}, which cannot be read: {error}") from error
+    kind = str(_launch_settings(path).get("distributed_type"))
     if kind != "DEEPSPEED":
         return
     if run.args.num_members > 1:
@@ -161,6 +160,13 @@ def _check_launch_config(run: LoopRun, configs: Mapping[str, TrainingArguments])
                     f"`{name}` has {mode}=True, but `launch_config` {path!r} asks for DeepSpeed, whose {mode} mode "
                     f"casts adapters and heads too. Set `{mode}: false` in `{name}`, or take multi_gpu.yaml."
                 )
+
+
+def _launch_settings(path: str) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"`launch_config` is {path!r}, which cannot be read: {error}") from error
 
 
 class Manifest:

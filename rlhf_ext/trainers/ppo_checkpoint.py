@@ -63,7 +63,7 @@ class CheckpointMixin(CompleteCheckpointMixin):
         self._resumed_from = None  # the mixin below finds and checks the folder, and calls `_on_resume`
         self._step, self._buffered_inputs = 0, None  # a second run must not begin on the rollout of the first
         found = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.state.global_step == 0 and self.state.max_steps > 0:
+        if self.state.global_step == 0 and self.state.max_steps > 0 and self._buffered_inputs is None:
             raise ValueError(
                 f"train_dataset gave no whole rollout of {self.args.generation_batch_size // self.num_generations} "
                 "prompts, so no step was taken. Give more rows, or lower the batch."

@@ -193,8 +193,6 @@ class RolloutMixin:
             }.items()
             if key in rollout
         }
-        if mode == "eval":
-            self._count_eval_rows(len(everywhere["scores"]))
         statistics = rollout_statistics(**everywhere)
         metrics = self._metrics[mode]
         for name, value in statistics.items():
@@ -221,5 +219,9 @@ class RolloutMixin:
 
     def _log_completions(self, batch: dict[str, torch.Tensor], mode: str) -> None:
         ids, mask = self._gather(batch["completion_ids"]), self._gather(batch["completion_mask"]).bool()
-        for name, value in completion_statistics(ids, mask, eos_token_ids=list(self.eos_token_ids)).items():
+        statistics = completion_statistics(ids, mask, eos_token_ids=list(self.eos_token_ids))
+        for name, value in statistics.items():
             self._metrics[mode][name].append(value.item())
+        if mode == "eval":
+            scored, ended = (~self._scores.isnan()).sum().item(), len(ids) * statistics["completions/eos_rate"].item()
+            self._count_eval_rows(len(ids), scored, ended)

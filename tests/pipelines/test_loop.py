@@ -371,6 +371,10 @@ def test_what_ppo_would_refuse_comes_before_the_first_step(tmp_path, sft, prompt
     args, model_args = arguments(tmp_path / "wide", sft, prompts, ppo={**PPO, "per_device_train_batch_size": 512})
     with pytest.raises(ValueError, match="a rollout takes 512.*nothing would be trained on"):
         loop.check(LoopRun(args, model_args))
+    (tmp_path / "launch.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 128\n")
+    args, model_args = arguments(tmp_path / "many", sft, prompts, launch_config=str(tmp_path / "launch.yaml"))
+    with pytest.raises(ValueError, match="a rollout takes 512"):
+        loop.check(LoopRun(args, model_args))
 
 
 def test_a_judge_whose_context_is_too_short_is_refused_first(tmp_path, sft, prompts, monkeypatch):

@@ -122,7 +122,8 @@ def test_samples_come_from_the_fixed_reference(tmp_path, sft, samples):
     from transformers import set_seed
 
     set_seed(0)
-    by_hand = sample_completions(policy, tiny_tokenizer(), PROMPTS, max_new_tokens=6, batch_size=64)
+    column = Dataset.from_dict({"prompt": PROMPTS})["prompt"]  # what `datasets` gives is no list
+    by_hand = sample_completions(policy, tiny_tokenizer(), column, max_new_tokens=6, batch_size=64)
     assert by_hand.completion_ids == samples.completion_ids
     other = tmp_path / "other"
     tiny_causal_lm("llama", tiny_tokenizer(), seed=3).save_pretrained(other)

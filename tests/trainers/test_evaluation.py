@@ -40,17 +40,66 @@ def test_numbers_of_a_reward_model_do_not_hang_on_the_batch(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_numbers_of_a_policy_do_not_hang_on_the_batch(tmp_path, size):
-    config = {"per_device_eval_batch_size": size}
-    trainer = build(tmp_path, reward_funcs=long_prompts, eval_dataset=Dataset.from_list(ROWS), config=config)
-    lengths = [len(tiny_tokenizer()(row["prompt"])["input_ids"]) for row in ROWS]
-    assert trainer.evaluate()["eval_reward"] == pytest.approx(sum(lengths) / len(lengths))
+    """Rows without a score are in no mean of scores."""
+
+    def some(prompts, prompt_ids, **kwargs):
+        return [
+            None if prompt == PROMPTS[0] else float(len(ids)) for prompt, ids in zip(prompts, prompt_ids, strict=True)
+        ]
+
+    config = {"per_device_eval_batch_size": size, "kl_coef": 0.0}
+    trainer = build(tmp_path, reward_funcs=some, eval_dataset=Dataset.from_list(ROWS), config=config)
+    lengths = [len(tiny_tokenizer()(row["prompt"])["input_ids"]) for row in ROWS[1:]]
+    found = trainer.evaluate()
+    for name in ("eval_reward", "eval_rlhf_reward"):
+        assert found[name] == pytest.approx(sum(lengths) / len(lengths)), name
+
+
+def test_what_ended_weighs_by_what_ended(tmp_path):
+    trainer = build(tmp_path, reward_funcs=long_prompts)
+    trainer.model.eval()
+    trainer._eval_prefix = "eval"
+    for ended, length in ((0, 0.0), (3, 7.0), (1, 11.0)):
+        trainer._count_eval_rows(4, ended=ended)
+        for name in ("mean", "min", "max"):
+            trainer._metrics["eval"][f"completions/{name}_terminated_length"].append(length)
+    trainer.log(logs := {})
+    assert [logs[f"eval_completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [8.0, 7.0, 11.0]
+
+
+@pytest.mark.parametrize("between", ["predict", "prefix", "error"])
+def test_an_evaluation_leaves_nothing_to_the_next(tmp_path, between):
+    fails = {"now": False}
+
+    def reward(prompts, prompt_ids, **kwargs):
+        if fails["now"] and len(prompts) == 1:
+            raise RuntimeError("no score")
+        return long_prompts(prompts, prompt_ids)
+
+    data, config = Dataset.from_list(ROWS), {"per_device_eval_batch_size": 2}
+    trainer = build(tmp_path, reward_funcs=reward, eval_dataset=data, config=config)
+    expected = trainer.evaluate()["eval_reward"]
+    state = torch.get_rng_state()
+    if between == "predict":
+        trainer.predict(data)
+    elif between == "prefix":
+        assert trainer.evaluate(metric_key_prefix="test")["eval_reward"] == pytest.approx(expected)
+    else:
+        fails["now"] = True
+        with pytest.raises(RuntimeError, match="no score"):
+            trainer.evaluate()
+        fails["now"] = False
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(expected)
 
 
 def test_each_data_set_has_its_name(tmp_path):
-    sets = {"short": Dataset.from_list(ROWS[:1]), "long": Dataset.from_list(ROWS[1:2])}
-    trainer = build(tmp_path, reward_funcs=long_prompts, eval_dataset=sets)
+    sets = {"a/short": Dataset.from_list(ROWS[:1]), "long": Dataset.from_list(ROWS[1:2])}
+    trainer = build(tmp_path, reward_funcs=long_prompts, eval_dataset=sets, config={"log_completions": True})
     found = trainer.evaluate()
-    assert found["eval_short_reward"] < found["eval_long_reward"] and "eval_reward" not in found
+    assert found["eval_a/short_reward"] < found["eval_long_reward"] and "eval_reward" not in found
+    tables = {path.name for path in (tmp_path / "out" / "completions").iterdir()}
+    assert tables == {"eval_a-short_00000.parquet", "eval_long_00000.parquet"}
     rows = [{"prompt": "w1 ", "chosen": "good", "rejected": "bad"}]
     pairs = {"a": Dataset.from_list(rows), "b": Dataset.from_list(rows * 2)}
     trainer = reward_trainer(tmp_path, 2, Dataset.from_list(rows))

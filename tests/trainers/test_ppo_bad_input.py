@@ -130,6 +130,9 @@ def test_a_stream_without_a_whole_rollout_is_no_success(tmp_path):
 def test_a_policy_that_trains_in_16_bits(tmp_path, dtype):
     model = tiny_causal_lm("llama", tiny_tokenizer(), dtype=dtype)
     refuses(tmp_path, "round to nothing", "dtype=torch.float32", "peft_config", model=model, reward_funcs=zero)
+    adapters = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"])
+    parts = ["1 parameters of the policy train in", "embed_tokens", "without `modules_to_save`"]
+    refuses(tmp_path, *parts, model=model, reward_funcs=zero, peft_config=adapters)
 
 
 def test_every_row_of_a_map_data_set_is_read_once_before_training(tmp_path):
