@@ -10,6 +10,7 @@ case is a trainer (`ppo` or `reward`), its weights (`full`, `lora`, `nf4`) and w
 import argparse
 import copy
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -341,3 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    # So do those of DeepSpeed's own groups. All is written: nothing is left for the interpreter to take down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

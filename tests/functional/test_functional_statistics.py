@@ -83,8 +83,10 @@ def test_rollout_statistics_by_hand():
     assert found["kl"].item() == pytest.approx(1.1 / 3), "summed per sequence, mean over sequences"
     assert found["kl_per_token"].item() == pytest.approx(1.1 / 4)
     assert found["rlhf_reward"].item() == pytest.approx(3.5), "the row without a score is left out"
-    assert found["advantages/mean"].item() == pytest.approx(11 / 4)
-    assert found["advantages/std"].item() == pytest.approx(math.sqrt(39 / 4 - (11 / 4) ** 2))
+    # The row without a score teaches nothing, and its 5 is in no moment.
+    assert found["advantages/mean"].item() == pytest.approx(2)
+    assert found["advantages/std"].item() == pytest.approx(math.sqrt(14 / 3 - 4))
+    assert found["value/mean"].item() == found["returns/mean"].item() == pytest.approx(2)
     assert found["value/explained_variance"] == 1
     assert set(rollout_statistics(scores, kl, rewards, values, mask)) == {
         name for name in found if not name.startswith(("value", "returns"))
