@@ -57,10 +57,7 @@ def read_scalar_adapter(
     try:
         folder = local_folder(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{field}={folder!r} has no adapter_config.json: {error} Pass the folder "
-            "that PreferenceRewardTrainer saved."
-        ) from error
+        raise ValueError(f"{field}={folder!r} has no adapter_config.json: {error} {_INSTEAD[field]}") from error
     if not os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ValueError(f"{field}={folder!r} has no adapter_config.json. {_INSTEAD[field]}")
     config = PeftConfig.from_pretrained(folder)

@@ -209,15 +209,14 @@ def build_roles(
     if reward_adapter is not None:
         weight, (gain, bias) = add_scalar_adapter(model, REWARD, reward_adapter)
         heads[REWARD] = ScalarHead(weight, gain, bias, trainable=False)
-        unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
         if critic == "adapter" and critic_model is not None:
             weight, (gain, bias) = add_scalar_adapter(model, CRITIC, critic_model, field="critic_model")
             # A critic is in the unit that PPO pays in already, a reward adapter in its own.
-            pays = is_saved_critic(local_folder(critic_model))
-            unit = (gain, bias) if pays else (value_unit[0] * gain, value_unit[0] * bias + value_unit[1])
+            value_unit = (1.0, 0.0) if is_saved_critic(local_folder(critic_model)) else value_unit
         elif critic == "adapter":
             add_scalar_adapter(model, CRITIC, reward_adapter)
         if critic in ("adapter", "shared"):
+            unit = value_unit[0] * gain, value_unit[0] * bias + value_unit[1]
             heads[CRITIC] = ScalarHead(weight * unit[0], 1.0, unit[1], trainable=True)
     roles = Roles(model, RoleSwitch(model), reference, REFERENCE if is_peft and not fresh else None, target)
     # After PEFT and after the switch has its layers: `all-linear` cannot wrap a head that is not there yet, and the

@@ -139,6 +139,7 @@ def _two_columns(args: Any) -> str:
 
 
 def is_repo_id(name: str | None) -> bool:
+    """Whether a name may be one on the Hub, and is no path of this machine."""
     if not name or os.path.exists(name):
         return False
     try:
