@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..feedback.simulated import SimulatedLabeller
+from ..functional.clusters import grouped_standard_error
 from ..models.critics import critic_from_policy
 from ..models.generation import sample_completions
 from ..models.scoring import ModelReward, load_reward_model
@@ -101,7 +102,7 @@ def run_quickstart(output_dir: str, seed: int = 0, settings: QuickstartSettings 
     after = evaluate(ppo, sft, tokenizer, test, settings.max_completion_length, seed)
     gain = torch.tensor(after.gold) - torch.tensor(before.gold)
     wins = (gain > 0).float() + 0.5 * (gain == 0).float()
-    margin = 1.96 * gain.std().item() / len(gain) ** 0.5
+    margin = 1.96 * grouped_standard_error(gain.tolist(), group_size=1)
     metrics = {
         "seed": seed,
         "sft": before.metrics,

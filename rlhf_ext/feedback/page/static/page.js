@@ -10,7 +10,7 @@ const WORDS = {
     cut: "Cut here by length: the answer went on.",
     own: (n) => `${n} by you`, all: (n, m) => `${n} of ${m} in all`, other: "中文",
     lost: "The answer was not stored: no connection. Try again; it is counted once.", taken: "Somebody else has this one now. Here is the next.",
-    stored: "Your earlier answer to this one was stored. Undo it to change it.",
+    stored: "Your earlier answer to the question before was stored. Undo it to change it.",
     stuck: "The answer was stored, but the next question did not come. Reload the page.",
   },
   zh: {
@@ -21,7 +21,7 @@ const WORDS = {
     cut: "因长度限制在此截断，回答并未结束。",
     own: (n) => `您已标 ${n} 条`, all: (n, m) => `共 ${n} / ${m} 条`, other: "English",
     lost: "没有存上：网络断开。请再试一次，不会重复计数。", taken: "这一条已被别人领走，换下一条。",
-    stored: "您先前对这一条的回答已经存上。要修改请撤销。", stuck: "回答已存上，但下一条没有取到。请刷新页面。",
+    stored: "您先前对上一条的回答已经存上。要修改请撤销。", stuck: "回答已存上，但下一条没有取到。请刷新页面。",
   },
 };
 
