@@ -1,5 +1,6 @@
 """
-Two parts against what they replace: LoRA layers against PEFT's, the cache of sampling against transformers'.
+Parts against what they replace: LoRA layers against PEFT's, norms, feed-forward layers and the cache of sampling
+against transformers'.
 
     python benchmarks/parts.py --result benchmarks/results/parts.json
 
@@ -25,6 +26,7 @@ from speed_statistics import median_interval
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from rlhf_ext.models.fused_blocks import fuse_blocks
 from rlhf_ext.models.fused_lora import fuse_lora_updates
 from rlhf_ext.models.growing_cache import grow_ahead
 
@@ -39,7 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    pairs = {**adapters(), f"sampling {W1.completion} tokens for {W1.episodes} rows": sampling()}
+    pairs = {**adapters(), **blocks(), f"sampling {W1.completion} tokens for {W1.episodes} rows": sampling()}
     rows = []
     for name, (theirs, ours) in pairs.items():
         seconds = alternate(theirs, ours, arguments.rounds)
@@ -97,6 +99,22 @@ def adapters() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "LoRA layers, forward": (lambda: forward(stock), lambda: forward(fused)),
         "LoRA layers, forward and backward": (lambda: both(stock), lambda: both(fused)),
     }
+
+
+def blocks() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Norm and feed-forward layer of a block that trains, on the tokens of a micro-batch."""
+    layer = make_policy(W1).model.layers[0]
+    tokens = torch.randn(MICRO_BATCH, W1.length, W1.hidden)
+
+    def both(module: nn.Module) -> Callable[[], Any]:
+        return lambda: module(tokens.clone().requires_grad_()).sum().backward()
+
+    found = {}
+    for name, module in (("norm", layer.input_layernorm), ("feed-forward layer", layer.mlp)):
+        fused = copy.deepcopy(module)
+        fuse_blocks(fused)
+        found[f"{name}, forward and backward"] = (both(module), both(fused))
+    return found
 
 
 def sampling() -> tuple[Callable[[], Any], Callable[[], Any]]:

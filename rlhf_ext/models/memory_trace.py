@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from ..functional.token_logps import token_logps
+from .fused_blocks import fuse_blocks
 from .fused_lora import fuse_lora_updates
 from .roles import CRITIC, REWARD, RoleSwitch, base_of, checkpoint_context
 
@@ -153,10 +154,12 @@ def trace_activations(
         device (`str`):
             `"cuda"` or `"cpu"`, for the workspace of the head.
         fused (`bool`):
-            Whether LoRA layers run as `fuse_lora_updates` makes them.
+            Whether LoRA layers, norms and feed-forward layers run as `fuse_lora_updates` and `fuse_blocks` make them.
     """
     base, switch = base_of(model), RoleSwitch(model)
     length = prompt_length + completion_length
+    if fused:
+        fuse_blocks(model)  # looks at real numbers
     with FakeTensorMode():
         _to_fake(model)
         _restore_weights(base, quantized, compute_dtype)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..models.dense_rows import compute_dense_rows
+from ..models.fused_blocks import fuse_blocks
 from ..models.fused_lora import fuse_lora_updates
 from ..models.roles import CRITIC, base_of
 from ..models.trunk_cache import DEFAULT_GIB, TrunkCache, num_frozen_layers
@@ -39,6 +40,7 @@ class TrunkMixin:
         in_pieces = may_cut_weights(self)
         if not in_pieces:
             fuse_lora_updates(self.roles.model)
+            fuse_blocks(self.roles.model)
         asked = self.args.trunk_cache_gib
         if asked == 0:
             return

@@ -8,9 +8,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import FalconConfig, FalconForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from rlhf_ext.functional.batching import split_by_length
-from rlhf_ext.models import fused_lora
+from rlhf_ext.models import fused_blocks, fused_lora
 from rlhf_ext.trainers import ppo_trunk
 from rlhf_ext.trainers.ppo_batches import balance
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
@@ -84,21 +85,26 @@ def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapte
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_with_fused_adapters_is_training(tmp_path, monkeypatch, reward_adapters, checkpointing):
-    calls, apply = [], fused_lora._Update.apply
-    monkeypatch.setattr(fused_lora._Update, "apply", lambda *args: calls.append(1) or apply(*args))
-    fused, found = trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0, gradient_checkpointing=checkpointing)
-    layers = [module for module in fused.model.modules() if isinstance(module, LoraLinear)]
-    assert layers and all("forward" in vars(layer) for layer in layers), "adapters of every role"
+@pytest.mark.parametrize("part", ["adapters", "blocks"])
+def test_training_with_fused_modules_is_training(tmp_path, monkeypatch, reward_adapters, part, checkpointing):
+    form, name = {
+        "adapters": (fused_lora._Update, "fuse_lora_updates"),
+        "blocks": (fused_blocks._Norm, "fuse_blocks"),
+    }[part]
+    calls, apply = [], form.apply
+    monkeypatch.setattr(form, "apply", lambda *args: calls.append(1) or apply(*args))
+    config = {"trunk_cache_gib": 0, "gradient_checkpointing": checkpointing}
+    fused, found = trained(tmp_path, "llama", reward_adapters, **config)
+    kinds = {"adapters": LoraLinear, "blocks": (LlamaRMSNorm, LlamaMLP)}[part]
+    layers = [module for module in fused.model.modules() if isinstance(module, kinds)]
+    assert layers and all("forward" in vars(layer) for layer in layers), "those of every role"
     assert calls
-    monkeypatch.setattr(ppo_trunk, "fuse_lora_updates", lambda model: 0)
+    monkeypatch.setattr(ppo_trunk, name, lambda model: 0)
     calls.clear()
-    stock, expected = trained(
-        tmp_path, "llama", reward_adapters, trunk_cache_gib=0, gradient_checkpointing=checkpointing
-    )
+    stock, expected = trained(tmp_path, "llama", reward_adapters, **config)
     assert not calls
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    for weight in expected:
+        torch.testing.assert_close(found[weight], expected[weight], rtol=1e-5, atol=1e-6, msg=weight)
     for one, other in zip(fused.state.log_history, stock.state.log_history, strict=True):
         for key in ("loss", "kl", "value_loss", "grad_norm"):
             if key in other:
