@@ -1,8 +1,8 @@
 """RMS norms and gated feed-forward layers that keep less for the backward pass, and make fewer passes over it.
 
 Autograd keeps an RMS norm's input and what it scales with its weight, and of act(g) * u all of g, u and act(g). Here
-the norm keeps its input and one number per token, the layer g and u; the rest is computed again. Forward the operations
-are those of the model, so that outputs have its bits.
+the norm keeps its input and one number per token, the layer g and u; the rest is computed again. Forward the
+operations are those of the model, so that outputs have its bits.
 
 Shapes: `(..., D)`; D is a model's width or that of its feed-forward layers.
 """
