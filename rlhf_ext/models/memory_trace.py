@@ -159,7 +159,7 @@ def trace_activations(
     base, switch = base_of(model), RoleSwitch(model)
     length = prompt_length + completion_length
     if fused:
-        fuse_blocks(model)  # looks at real numbers
+        fuse_blocks(model)  # before: it compares numbers
     with FakeTensorMode():
         _to_fake(model)
         _restore_weights(base, quantized, compute_dtype)

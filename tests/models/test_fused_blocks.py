@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from rlhf_ext.models import fused_blocks
@@ -105,11 +107,11 @@ def test_other_precisions_and_recomputation(kind, way):
     if way == "recompute":
         return assert_alike(found, grads, 1e-5)
     _, true = outcome(exact, ids)
-
-    def farthest(those):
-        return max(((those[name].double() - g.double()).norm() / g.double().norm()).item() for name, g in true.items())
-
-    assert farthest(found) < 1.2 * farthest(grads) < 0.3
+    for name, grad in true.items():
+        ours, theirs = (
+            (those[name].double() - grad.double()).norm() / grad.double().norm() for those in (found, grads)
+        )
+        assert ours < 1.3 * theirs + 1e-3 and ours < 0.1, (name, ours, theirs)
 
 
 def test_a_backward_pass_under_autocast_computes_in_float32():
@@ -179,6 +181,11 @@ def kept(module, x):
 def test_what_is_kept():
     config = tiny_config("llama", tiny_tokenizer())
     x = torch.randn(10, 16, requires_grad=True)
+    norm, x16 = LlamaRMSNorm(16).bfloat16(), torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+    # x in float32 and the scale, their product in bf16; then the scale
+    assert kept(norm, x16)[0] == 4 * (10 * 16 + 10) + 2 * 10 * 16
+    fuse_blocks(norm)
+    assert kept(norm, x16)[0] == 4 * 10
     for module, before, now in (
         # x / rms(x) and the token's scale; then the scale
         (LlamaRMSNorm(16), 10 * 16 + 10, 10),
@@ -188,6 +195,18 @@ def test_what_is_kept():
         fused = copy.deepcopy(module)
         assert fuse_blocks(fused) == 1
         assert kept(module, x)[0] == 4 * before and kept(fused, x)[0] == 4 * now
+
+
+def test_without_gradients_gate_and_up_are_gone_before_the_next_product():
+    module, alive = LlamaMLP(tiny_config("llama", tiny_tokenizer())), []
+    assert fuse_blocks(module) == 1
+    made = []
+    for part in (module.gate_proj, module.up_proj):
+        part.register_forward_hook(lambda m, args, y: made.append(weakref.ref(y)))
+    module.down_proj.register_forward_pre_hook(lambda m, args: alive.append([ref() is not None for ref in made]))
+    with torch.no_grad():
+        module(torch.randn(10, 16))
+    assert alive == [[False, False]]
 
 
 class Shifted(LlamaRMSNorm):
@@ -205,6 +224,32 @@ class TwoInputs(LlamaRMSNorm):
         return super().forward(x * gate)
 
 
+class TinyFloor(LlamaRMSNorm):
+    def forward(self, x):
+        return self.weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True).clamp_min(1e-8))).to(x)
+
+
+class OfTheWeight(LlamaRMSNorm):
+    """T5's: 16 bits if the weight has them, whatever the input has."""
+
+    def forward(self, x):
+        x = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (x.to(self.weight.dtype) if self.weight.dtype == torch.bfloat16 else x)
+
+
+class ChangesItsInput(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+class OfOneWidth(LlamaRMSNorm):
+    def forward(self, x):
+        if x.shape[-1] != 16:
+            raise ValueError("another width")
+        assert x.dim() == 3
+        return super().forward(x)
+
+
 class Drops(LlamaMLP):
     def forward(self, x):
         return nn.functional.dropout(super().forward(x), 0.1, self.training)
@@ -215,26 +260,51 @@ class Swapped(LlamaMLP):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+class Limited(LlamaMLP):
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=10), self.up_proj(x).clamp(-10, 10)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 class Dropout(LlamaMLP):
     def __init__(self, config):
         super().__init__(config)
         self.drop = nn.Dropout(0.0)
 
 
-@pytest.mark.parametrize("kind", [Shifted, Centred, TwoInputs, nn.RMSNorm, nn.LayerNorm])
+NORMS = [Shifted, Centred, TwoInputs, TinyFloor, OfTheWeight, ChangesItsInput, OfOneWidth, nn.RMSNorm, nn.LayerNorm]
+
+
+@pytest.mark.parametrize("kind", NORMS)
 def test_a_norm_of_another_formula_is_left_alone(kind):
-    assert fuse_blocks(kind(16).eval()) == 0
+    assert fuse_blocks(kind(16, eps=1e-8).eval()) == 0
 
 
-@pytest.mark.parametrize("kind", [Drops, Swapped, Dropout])
+@pytest.mark.parametrize("kind", [Drops, Swapped, Limited, Dropout])
 def test_a_feed_forward_layer_of_another_formula_is_left_alone(kind):
     assert fuse_blocks(kind(tiny_config("llama", tiny_tokenizer())).eval()) == 0
 
 
-@pytest.mark.parametrize("act", ["relu", "sigmoid", "quick_gelu"])
+@pytest.mark.parametrize("act", ["relu", "sigmoid", "quick_gelu", "gelu_10", "gelu_new"])
 def test_another_activation_is_left_alone(act):
     module = LlamaMLP(tiny_config("llama", tiny_tokenizer(), hidden_act=act))
     assert type(module.act_fn) is type(ACT2FN[act]) and fuse_blocks(module) == 0
+
+
+def test_a_second_input_is_for_the_class():
+    """FalconH1's norm takes a gate, or none."""
+    norm = FalconH1RMSNormGated(16, eps=1e-6, n_groups=1, norm_before_gate=False)
+    x, gate = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    expected = norm(x, gate), norm(x, gate=gate), norm(hidden_states=x), norm(x)
+    assert fuse_blocks(norm) == 1
+    for said, other in zip((norm(x, gate), norm(x, gate=gate), norm(hidden_states=x), norm(x)), expected, strict=True):
+        assert torch.equal(said, other)
+
+
+def test_a_model_without_numbers_is_covered_like_one_with():
+    with torch.device("meta"):
+        model = family("gemma3_text")
+    assert fuse_blocks(model) == FAMILIES["gemma3_text"]
 
 
 def test_hooks_and_others_forwards():

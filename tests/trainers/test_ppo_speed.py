@@ -87,18 +87,19 @@ def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapte
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("part", ["adapters", "blocks"])
 def test_training_with_fused_modules_is_training(tmp_path, monkeypatch, reward_adapters, part, checkpointing):
-    form, name = {
-        "adapters": (fused_lora._Update, "fuse_lora_updates"),
-        "blocks": (fused_blocks._Norm, "fuse_blocks"),
+    forms, name = {
+        "adapters": ([fused_lora._Update], "fuse_lora_updates"),
+        "blocks": ([fused_blocks._Norm, fused_blocks._Gate], "fuse_blocks"),
     }[part]
-    calls, apply = [], form.apply
-    monkeypatch.setattr(form, "apply", lambda *args: calls.append(1) or apply(*args))
+    calls = []
+    for form in forms:
+        monkeypatch.setattr(form, "apply", lambda *args, f=form, apply=form.apply: calls.append(f) or apply(*args))
     config = {"trunk_cache_gib": 0, "gradient_checkpointing": checkpointing}
     fused, found = trained(tmp_path, "llama", reward_adapters, **config)
     kinds = {"adapters": LoraLinear, "blocks": (LlamaRMSNorm, LlamaMLP)}[part]
     layers = [module for module in fused.model.modules() if isinstance(module, kinds)]
     assert layers and all("forward" in vars(layer) for layer in layers), "those of every role"
-    assert calls
+    assert set(calls) == set(forms)
     monkeypatch.setattr(ppo_trunk, name, lambda model: 0)
     calls.clear()
     stock, expected = trained(tmp_path, "llama", reward_adapters, **config)
