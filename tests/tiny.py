@@ -28,6 +28,9 @@ CHAT_TEMPLATE = (
 
 WORDS = tuple(f"w{i}" for i in range(24)) + ("good", "bad", "fine", "the", "cat", "sat", "on", "mat", "?", ".")
 
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+"""Of every family whose config has these names."""
+
 
 def tiny_tokenizer(pad_is_eos: bool = False, words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """
@@ -67,25 +70,13 @@ def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase, **kwargs) -> Pret
         "bos_token_id": None,
     }
     if kind == "llama":
-        sizes = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "tie_word_embeddings": False,
-        }
-        return LlamaConfig(**{**shared, **sizes, **kwargs})
+        sizes = {"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False}
+        return LlamaConfig(**{**shared, **SIZES, **sizes, **kwargs})
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
         return GPT2Config(**{**shared, **sizes, **kwargs})
     if kind == "gemma3":
         sizes = {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 8,
             "query_pre_attn_scalar": 8,
@@ -93,7 +84,7 @@ def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase, **kwargs) -> Pret
             "layer_types": ["sliding_attention", "full_attention"],
             "max_position_embeddings": 128,
         }
-        return Gemma3TextConfig(**{**shared, **sizes, **kwargs})
+        return Gemma3TextConfig(**{**shared, **SIZES, **sizes, **kwargs})
     raise ValueError(f"`kind` is {kind!r}; choose 'llama', 'gpt2' or 'gemma3'.")
 
 

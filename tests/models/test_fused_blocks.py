@@ -15,19 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from rlhf_ext.models import fused_blocks
 from rlhf_ext.models.fused_blocks import fuse_blocks
-from tests.tiny import tiny_causal_lm, tiny_config, tiny_tokenizer
+from tests.tiny import SIZES, tiny_causal_lm, tiny_config, tiny_tokenizer
 
 
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+SMALL = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 40, "pad_token_id": 0}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0}
 # Of each family: how many modules are covered, of two layers and the norm above them.
 FAMILIES = {
