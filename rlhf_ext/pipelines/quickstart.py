@@ -49,9 +49,9 @@ class QuickstartSettings:
     reward_learning_rate: float = 1e-3
     reward_steps: int = 800
     ppo_prompts: int = 8_192
-    num_updates: int = 32
+    num_updates: int = 40
     rollout_size: int = 256
-    ppo_learning_rate: float = 4e-4
+    ppo_learning_rate: float = 3e-4
     critic_learning_rate: float = 1e-3
     ppo_epochs: int = 2
     minibatches: int = 4
