@@ -95,7 +95,7 @@ def run_quickstart(output_dir: str, seed: int = 0, settings: QuickstartSettings 
 
     before = evaluate(sft, None, tokenizer, test, settings.max_completion_length, seed)
     print(f"4/5 PPO: {settings.num_updates} updates of {settings.rollout_size} episodes", flush=True)
-    ppo, history = _train_ppo(output_dir, tokenizer, settings, seed)
+    ppo, history = train_ppo(output_dir, tokenizer, settings, seed)
     clock.lap("ppo")
 
     print("5/5 evaluation on held-out prompts", flush=True)
@@ -257,7 +257,7 @@ def _train_reward(
     return right / max(pairs, 1)
 
 
-def _train_ppo(
+def train_ppo(
     output_dir: str, tokenizer: PreTrainedTokenizerBase, settings: QuickstartSettings, seed: int
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     set_seed(seed)
