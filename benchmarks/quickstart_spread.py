@@ -3,9 +3,9 @@ How far the quickstart's PPO stage differs by its own seed, from one SFT and rew
 
     python benchmarks/quickstart_spread.py --runs runs --seeds 2 --result benchmarks/results/quickstart_spread.json
 
-Reads `RUNS/quickstart-SEED/sft` and `reward`, which `make slow-learning` leaves, and trains PPO on them again with each
-setting `RATE:UPDATES` and each seed of PPO; models go to a folder that is removed. What `RUNS/spread.json` has already
-is not run again.
+Reads `RUNS/quickstart-SEED/sft` and `reward`, which `make slow-learning` leaves, and trains PPO on them again with
+each setting `RATE:UPDATES` and each seed of PPO; its models are not kept. What `RUNS/spread.json` has already is not
+run again.
 """
 
 import argparse
@@ -50,8 +50,11 @@ def main() -> int:
             runs = [found[f"{seed} {setting} {ppo_seed}"] for ppo_seed in args.ppo_seeds]
             gaps, wins, kls = ([one[name] for one in runs] for name in ("gap_closed", "win_rate", "kl"))
             rate, updates = setting.split(":")
-            shown = [", ".join(form.format(v) for v in row) for form, row in (("{:.0%}", gaps), ("{:.3f}", wins))]
-            rows.append([seed, rate, int(updates), *shown, ", ".join(f"{kl:.2f}" for kl in kls)])
+            shown = [
+                ", ".join(format(value, form) for value in values)
+                for values, form in ((gaps, ".0%"), (wins, ".3f"), (kls, ".2f"))
+            ]
+            rows.append([seed, rate, int(updates), *shown])
     result = {
         "title": "The quickstart's PPO stage by its own seeds, from one SFT and reward model",
         "command": f"python benchmarks/quickstart_spread.py --runs runs --seeds {' '.join(map(str, args.seeds))}",

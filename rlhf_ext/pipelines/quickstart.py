@@ -260,6 +260,7 @@ def _train_reward(
 def train_ppo(
     output_dir: str, tokenizer: PreTrainedTokenizerBase, settings: QuickstartSettings, seed: int
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Train on `output_dir`/sft and `output_dir`/reward, save under `output_dir`/ppo; the policy, and its logs."""
     set_seed(seed)
     steps = settings.ppo_epochs * settings.minibatches
     args = PPOConfig(

@@ -69,7 +69,7 @@ def test_ppo_never_sees_gold(run, tmp_path, monkeypatch):
     for name in ("sft", "reward"):
         (tmp_path / name).symlink_to(folder / name)
     settings = quick(**metrics["settings"])
-    policy, _ = quickstart._train_ppo(str(tmp_path), quickstart.build_tokenizer(), settings, 3)
+    policy, _ = quickstart.train_ppo(str(tmp_path), quickstart.build_tokenizer(), settings, 3)
     saved = AutoModelForCausalLM.from_pretrained(folder / "ppo").state_dict()
     again = policy.state_dict()
     assert saved and all((again[name] == tensor).all() for name, tensor in saved.items())
