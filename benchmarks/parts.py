@@ -1,6 +1,6 @@
 """
-Parts against what they replace: LoRA layers against PEFT's, norms, feed-forward layers and the cache of sampling
-against transformers'.
+Parts against what they replace: LoRA layers against PEFT's, norms, feed-forward layers, the cache of sampling and
+several samples of a prompt against transformers'.
 
     python benchmarks/parts.py --result benchmarks/results/parts.json
 
@@ -24,14 +24,16 @@ from peft import LoraConfig, get_peft_model
 from ppo_shape import W1, make_policy
 from speed_statistics import median_interval
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from rlhf_ext.models.fused_blocks import fuse_blocks
 from rlhf_ext.models.fused_lora import fuse_lora_updates
 from rlhf_ext.models.growing_cache import grow_ahead
+from rlhf_ext.models.live_sampling import only_live_rows
 
 
-RANK, MICRO_BATCH = 16, 8
+RANK, MICRO_BATCH, SAMPLES = 16, 8, 4
 
 
 def main() -> int:
@@ -41,7 +43,12 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    pairs = {**adapters(), **blocks(), f"sampling {W1.completion} tokens for {W1.episodes} rows": sampling()}
+    pairs = {
+        **adapters(),
+        **blocks(),
+        f"steps of {W1.completion} tokens for {W1.episodes} rows": steps(),
+        f"{SAMPLES} samples of {W1.episodes // SAMPLES} prompts": samples(),
+    }
     rows = []
     for name, (theirs, ours) in pairs.items():
         seconds = alternate(theirs, ours, arguments.rounds)
@@ -117,7 +124,7 @@ def blocks() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     return found
 
 
-def sampling() -> tuple[Callable[[], Any], Callable[[], Any]]:
+def steps() -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Greedy steps of the whole model behind prompts, without the drawing of tokens."""
     model = make_policy(W1).eval()
     prompts = torch.randint(3, W1.vocabulary, (W1.episodes, W1.prompt))
@@ -131,6 +138,21 @@ def sampling() -> tuple[Callable[[], Any], Callable[[], Any]]:
             new = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     return lambda: sample(False), lambda: sample(True)
+
+
+def samples() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """`generate` with several samples of each prompt, none of which ends: what ended rows save comes on top."""
+    model = make_policy(W1).eval()
+    prompts = torch.randint(3, W1.vocabulary, (W1.episodes // SAMPLES, W1.prompt)).repeat_interleave(SAMPLES, dim=0)
+    length = {"max_new_tokens": W1.completion, "min_new_tokens": W1.completion}
+    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, **length)
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "generation_config": config}
+
+    def ours() -> None:
+        with only_live_rows(model):
+            model.generate(**inputs)
+
+    return lambda: model.generate(**inputs), ours
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .live_sampling import only_live_rows
 from .positions import positions_from_mask
 from .roles import base_of
 
@@ -98,7 +99,7 @@ def sample_completions(
         for start in tqdm(range(0, len(repeated), batch_size), desc=progress, disable=progress is None):
             batch = _padded_prompts(tokenizer, repeated[start : start + batch_size], add_special_tokens)
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            with without_generation_defaults(model):
+            with without_generation_defaults(model), only_live_rows(model):
                 out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.size(1) :]
             for prompt_row, keep, row in zip(ids, mask.bool(), out.tolist(), strict=True):
                 end = next((place for place, token in enumerate(row) if token in ends), None)

@@ -3,9 +3,11 @@
 Transformers' own layer concatenates: each step copies all keys and values of before into new memory.
 """
 
+import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 
@@ -68,6 +70,18 @@ def _with_room(before: torch.Tensor | None, new: torch.Tensor, start: int, colum
     if before is not None and start:
         room[:, :, :start] = before
     return room
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the cache among the arguments of a model's forward; transformers renamed it within version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any, given: Any = None) -> Any:
+    """The cache in a model's output, under either name; `given` where it has none and changed that in place."""
+    name = next((name for name in ("cache", "past_key_values") if name in vars(output)), None)
+    found = None if name is None else vars(output)[name]
+    return given if found is None else found
 
 
 def grow_ahead(cache: Cache | None, longest: int | None = None) -> None:

@@ -9,7 +9,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..functional import top_p_mask
 from ..functional.nlpo import pack_mask
+from .growing_cache import cache_argument, cache_of
 from .positions import positions_from_mask
+from .roles import base_of
 
 
 class TopPMask(LogitsProcessor):
@@ -24,6 +26,8 @@ class TopPMask(LogitsProcessor):
             As in [`~rlhf_ext.functional.top_p_mask`].
         temperature (`float`):
             Of the sampling. Processors run before `generate` divides by it, so it is applied here.
+        cache_name (`str`):
+            Keyword of `forward` for the cache.
 
     Attributes:
         packed (`list[torch.Tensor]`):
@@ -39,8 +43,10 @@ class TopPMask(LogitsProcessor):
         min_tokens: int,
         keep_ids: list[int],
         temperature: float,
+        cache_name: str,
     ):
-        self.forward, self.mask, self.temperature = forward, attention_mask, temperature
+        self.forward, self.cache_name = forward, cache_name
+        self.mask, self.temperature = attention_mask, temperature
         self.options = {"top_p": top_p, "min_tokens": min_tokens, "keep_ids": keep_ids}
         self.cache: Any = None
         self.packed: list[torch.Tensor] = []
@@ -54,11 +60,11 @@ class TopPMask(LogitsProcessor):
             input_ids=input_ids,
             attention_mask=self.mask,
             position_ids=positions_from_mask(self.mask)[:, -input_ids.size(1) :],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         allowed = top_p_mask(output.logits[:, -1].float() / self.temperature, **self.options)
         self.packed.append(pack_mask(allowed))
         return scores.masked_fill(~allowed, -torch.inf)
@@ -71,7 +77,8 @@ class MaskedGenerate:
     """
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], **options: Any):
-        self.generate, self.forward, self.options = model.generate, forward, options
+        self.generate, self.forward = model.generate, forward
+        self.options = {"cache_name": cache_argument(base_of(model)), **options}
         self.packed: torch.Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

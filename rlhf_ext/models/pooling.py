@@ -19,6 +19,7 @@ from .positions import positions_from_mask
 
 
 AGGREGATIONS = ("last", "sum")
+_PASSED_ON = ("cache", "past_key_values", "hidden_states", "attentions")
 
 
 @dataclass
@@ -251,13 +252,9 @@ class _PooledForward:
             mask = attention_mask if completion_mask is None else completion_mask
             pooled = sum_token_scores(scores, mask.to(scores.device)) + normalization_of(self.model)[1]
         lm = None if lm_mask is None else lm_logps(self.model, outputs.last_hidden_state, input_ids, lm_mask)
-        result = RewardOutput(
-            logits=pooled.unsqueeze(-1),
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            lm_logps=lm,
-        )
+        # The cache has either name, by the version of transformers.
+        passed_on = {name: value for name, value in outputs.items() if name in _PASSED_ON}
+        result = RewardOutput(logits=pooled.unsqueeze(-1), lm_logps=lm, **passed_on)
         return result.to_tuple() if return_dict is False else result
 
 

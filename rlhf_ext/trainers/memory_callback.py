@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..models.growing_cache import cache_of
 from ..models.memory import PeakMemory, cache_bytes, gib, gradient_bytes, model_bytes, optimizer_bytes
 from ..models.memory_plan import MemoryPlan
 from ..models.roles import base_of
@@ -64,7 +65,7 @@ class MemoryCallback(TrainerCallback):
             self.meter.reset()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if cache is not None:
             self._keep("cache", cache_bytes(cache))
 

@@ -35,7 +35,7 @@ class BatchesMixin:
         return inputs
 
     def _sampling(self) -> AbstractContextManager[None]:
-        """A context in which `generate` lets ended rows go, where every process may do so by itself."""
+        """A context in which `generate` reads a prompt once and drops ended rows, if each process may do so alone."""
         masked = getattr(self, "masks", False)  # NLPO's processor keeps a cache of all rows
         if not self.args.skip_padding or masked or may_cut_weights(self):
             return nullcontext()

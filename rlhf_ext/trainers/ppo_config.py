@@ -81,8 +81,9 @@ class PPOConfig(ConfigChecks, GRPOConfig):
         skip_padding (`bool`, *optional*, defaults to `True`):
             Whether padding is left out of what is computed: models read rows without it, rows of like length go
             through them together, an optimizer step's rows are split into its micro-batches by length, such that the
-            largest has as few tokens as possible, and rows that have ended leave the batch that is sampled. A step's
-            gradient is the same, and so is the distribution that is sampled from.
+            largest has as few tokens as possible, several samples of a prompt read it once, and rows that have ended
+            leave the batch that is sampled. A step's gradient is the same, and so is the distribution that is sampled
+            from.
         trunk_cache_gib (`float`, *optional*):
             Where adapters stand on the upper layers only, the layers below give the same hidden states to every role
             and epoch: they are computed once per rollout and kept in the CPU's memory, at most this many GiB of them;

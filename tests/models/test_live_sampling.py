@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, RecurrentGemmaConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MixtralConfig, RecurrentGemmaConfig, RwkvConfig
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_ext.models import live_sampling
+from rlhf_ext.models.generation import sample_completions
+from rlhf_ext.models.growing_cache import cache_of
 from rlhf_ext.models.live_sampling import _can_be_cut, draw, only_live_rows
 from tests.tiny import tiny_causal_lm, tiny_tokenizer
 
@@ -62,7 +64,7 @@ def test_families_that_return_no_cache(kind):
         settings = RecurrentGemmaConfig(**sizes, **heads, lru_width=16, attention_window_size=16)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(settings).eval()
-    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10], [5, 6, 7]])}
     expected = model.generate(**batch, generation_config=config(tokenizer, None))
     with only_live_rows(model):
         assert torch.equal(model.generate(**batch, generation_config=config(tokenizer, None)), expected)
@@ -100,7 +102,7 @@ def test_logits_that_are_not_finite_raise():
 
 def test_a_cache_with_other_states_is_not_cut():
     model, _, batch = setting("llama")
-    cache = model(**batch, use_cache=True).past_key_values
+    cache = cache_of(model(**batch, use_cache=True))
     assert _can_be_cut(cache)
     cache.layers[0] = type("Recurrent", (DynamicLayer,), {})()
     assert not _can_be_cut(cache) and not _can_be_cut(object())
@@ -113,6 +115,71 @@ def test_a_generate_of_the_callers_own_is_put_back():
     with only_live_rows(model):
         model.generate(**batch, generation_config=config(tokenizer, None))
     assert model.generate is own
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_samples_of_one_prompt_share_what_is_read_of_it(kind):
+    model, tokenizer, batch = setting(kind)
+    order = torch.tensor([3, 0, 3, 3, 5, 0, 11, 5])
+    batch = {name: tensor[order] for name, tensor in batch.items()}
+    expected = model.generate(**batch, generation_config=config(tokenizer, None))
+    sizes = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, a, out: sizes.append(tuple(out.shape[:2])))
+    with only_live_rows(model):
+        found = model.generate(**batch, generation_config=config(tokenizer, None))
+    hook.remove()
+    assert torch.equal(found, expected)
+    assert sizes[0] == (4, batch["input_ids"].size(1)) and sizes[1][0] > 4, "read once, then decoded each by itself"
+
+
+def test_samples_are_read_once_outside_a_trainer_too():
+    model, tokenizer, batch = setting("llama")
+    rows = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, a, out: rows.append(out.shape[:2].numel()))
+    sampling = {"num_samples": 4, "max_new_tokens": 8, "temperature": 0.0}
+    found = sample_completions(model, tokenizer, PROMPTS, **sampling)
+    hook.remove()
+    assert rows[0] == batch["input_ids"].numel()
+    once = sample_completions(model, tokenizer, PROMPTS, **{**sampling, "num_samples": 1})
+    assert found.completion_ids == [row for row in once.completion_ids for _ in range(4)]
+
+
+def test_experts_that_balance_their_load_are_sampled():
+    """SFT leaves `output_router_logits` in the configuration; its loss reads the mask of a whole text."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    settings = MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads, output_router_logits=True)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    for prompts in (["the cat"], PROMPTS):
+        found = sample_completions(model, tokenizer, prompts, num_samples=4, max_new_tokens=5, temperature=0.0)
+        alone = [sample_completions(model, tokenizer, [p], max_new_tokens=5, temperature=0.0) for p in prompts]
+        assert found.completion_ids == [one.completion_ids[0] for one in alone for _ in range(4)]
+
+
+def test_prompts_that_differ_in_their_padding_alone_are_two():
+    """A padding token within a text is read; the same one in front of a text is not."""
+    model, tokenizer, _ = setting("llama")
+    ids = torch.tensor([[tokenizer.pad_token_id, 7, 8, 9]] * 3)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, a, out: read.append(len(out)))
+    with only_live_rows(model):
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config(tokenizer, None))
+    hook.remove()
+    expected = model.generate(input_ids=ids, attention_mask=mask, generation_config=config(tokenizer, None))
+    assert read[0] == 2 and torch.equal(found, expected)
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_copies_of_a_prompt_are_drawn_apart():
+    model, tokenizer, batch = setting("llama")
+    batch = {name: tensor[:1].expand(64, -1) for name, tensor in batch.items()}
+    torch.manual_seed(0)
+    with only_live_rows(model):
+        out = model.generate(**batch, generation_config=config(tokenizer, None, do_sample=True, top_k=0, top_p=1.0))
+    assert len({tuple(row) for row in out.tolist()}) > 50  # some end at once
 
 
 def test_first_tokens_and_lengths_are_sampled_as_by_generate():
