@@ -200,9 +200,11 @@ def _write_data(folder: Path, policy: str, settings: ToySettings, seed: int) -> 
     four = [[f" {text}" for text in texts[4 * place : 4 * place + 4]] for place in range(len(asked))]
     best = [labeller.best_of(prompt, answers) for prompt, answers in zip(asked, four, strict=True)]
     chosen = [{"prompt": row["prompt"], "completion": row["completions"][row["best"]]} for row in best]
+    # A policy of few steps may answer with nothing, four times: such a row is none to learn from.
+    chosen = [row for row in chosen[: settings.helpful] if row["completion"].strip()]
     pairs = [labeller.pair(prompt, answers[:2]) for prompt, answers in zip(asked, four, strict=True)]
     rows = {
-        "helpful": chosen[: settings.helpful],
+        "helpful": chosen,
         "pairs": pairs[settings.helpful :],
         "red_team": prompt_rows(settings.red_team, seed, split="labels", trap_share=1.0),
         "prompts": prompt_rows(settings.policy_prompts, seed, split="ppo"),

@@ -162,7 +162,8 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
     assert ours.metrics["eos_rate"] == sum(not cut for cut in ours.samples.truncated) / 6
     by_prompt = [ours.samples.texts[i : i + 2] for i in (0, 2, 4)]
     for key, sets in (("per_input", by_prompt), ("across_input", [[texts[0] for texts in by_prompt]])):
-        shares = [len(set(" ".join(s).split())) / len(" ".join(s).split()) for s in sets]
+        words = [" ".join(texts).split() for texts in sets]
+        shares = [len(set(some)) / max(len(some), 1) for some in words]  # without a word: 0
         assert ours.metrics[f"{key}_distinct_1"] == pytest.approx(sum(shares) / len(shares))
         eads = [expectation_adjusted_distinct(s) for s in sets]
         assert ours.metrics[f"{key}_ead"] == pytest.approx(sum(eads) / len(eads))
@@ -195,7 +196,8 @@ def test_a_policy_on_prompts(reward, tokenizer, tmp_path):
     assert judged["position_bias"] == pytest.approx(bias, abs=1e-5) and abs(bias) > 0.01
     turned = [(one > 0.5) == (other > 0.5) for one, other in zip(p_a[1], p_a[-1], strict=True)]
     assert judged["disagreement"] == sum(turned) / 3
-    decided = [one + 1 - other > 1 for one, other in zip(p_a[1], p_a[-1], strict=True)]
+    # Two equal answers are a tie.
+    decided = [0.5 if one == other else float(one > other) for one, other in zip(p_a[1], p_a[-1], strict=True)]
     assert judged["decided"] == pytest.approx(sum(decided) / 3)
     wins["policy"]["judge"] = judged
 

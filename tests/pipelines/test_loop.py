@@ -59,6 +59,11 @@ def goodness(prompts, completions, **kwargs):
     return [float(text.split().count("good") - text.split().count("bad")) for text in completions]
 
 
+def letters(prompts, completions, **kwargs):
+    """A gold that hardly ever ties, where a few labels must hold a comparison whatever was sampled."""
+    return [float(len(text)) for text in completions]
+
+
 def of_messages(prompts, completions, **kwargs):
     """A gold that these prompts are no messages for."""
     return [float(len(completion[-1]["content"])) for completion in completions]
@@ -461,9 +466,8 @@ def test_adapters_share_a_base_and_go_on_from_the_last_policy(tmp_path, sft, pro
 
 def test_disagreement_selects_where_the_ensemble_is_in_doubt(tmp_path, sft, prompts):
     folder = tmp_path / "run"
-    loop.run_loop(
-        *arguments(folder, sft, prompts, selection="disagreement", num_members=2, pool_factor=3, num_candidates=3)
-    )
+    doubt = {"selection": "disagreement", "num_members": 2, "pool_factor": 3, "num_candidates": 3}
+    loop.run_loop(*arguments(folder, sft, prompts, gold_func=f"{__name__}:letters", **doubt))
     assert is_reward_ensemble(folder / "round_2" / "reward")
     first, second = (read_run(folder / f"round_{r}" / "selection")["result"] for r in (1, 2))
     assert first["disagreement_mean"] is None
@@ -473,12 +477,13 @@ def test_disagreement_selects_where_the_ensemble_is_in_doubt(tmp_path, sft, prom
 @pytest.mark.slow
 def test_an_ensemble_of_adapters_on_a_quantised_base(tmp_path, sft, prompts):
     folder = tmp_path / "run"
-    args, model_args = arguments(folder, sft, prompts, peft=True, num_members=2, selection="disagreement")
+    doubt = {"selection": "disagreement", "num_members": 2}
+    args, model_args = arguments(folder, sft, prompts, peft=True, gold_func=f"{__name__}:letters", **doubt)
     model_args.load_in_4bit, model_args.bnb_4bit_quant_type = True, "nf4"
     loop.run_loop(args, model_args)
     assert read_run(folder / "round_2" / "selection")["result"]["disagreement_mean"] > 0
     result = read_run(folder / "round_2" / "evaluation")["result"]
-    assert set(result["win_rate"]) == {"reward", "goodness"} and "score/reward" in result
+    assert set(result["win_rate"]) == {"reward", "letters"} and "score/reward" in result
 
 
 def test_people_label_while_the_loop_waits(tmp_path, sft, prompts, monkeypatch):
