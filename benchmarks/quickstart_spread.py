@@ -14,15 +14,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
 from compare import commit_of_head
 from transformers import AutoModelForCausalLM
 
 from rlhf_ext.pipelines.quickstart import quick, train_ppo
-from rlhf_ext.pipelines.quickstart_evaluation import evaluate
+from rlhf_ext.pipelines.quickstart_evaluation import evaluate, gain_over
 from rlhf_ext.toyworld.corpus import prompt_rows
-from rlhf_ext.toyworld.gold import GOLD_MAX
 from rlhf_ext.toyworld.tiny import build_tokenizer
 
 
@@ -69,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def run(folder: Path, seed: int, setting: str, ppo_seed: int) -> dict[str, float]:
+def run(folder: Path, seed: int, setting: str, ppo_seed: int) -> dict[str, Any]:
     """One PPO stage, measured as the quickstart does it."""
     rate, updates = setting.split(":")
     settings = quick(ppo_learning_rate=float(rate), num_updates=int(updates))
@@ -82,12 +81,7 @@ def run(folder: Path, seed: int, setting: str, ppo_seed: int) -> dict[str, float
             shutil.copytree(folder / name, Path(work) / name)
         policy, _ = train_ppo(work, tokenizer, settings, ppo_seed)
         after = evaluate(policy, sft, tokenizer, test, length, seed)
-    gain = torch.tensor(after.gold) - torch.tensor(before.gold)
-    return {
-        "gap_closed": gain.mean().item() / (GOLD_MAX - before.metrics["gold_reward"]),
-        "win_rate": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean().item(),
-        "kl": after.metrics["kl"],
-    }
+    return {**gain_over(before, after), "kl": after.metrics["kl"]}
 
 
 if __name__ == "__main__":

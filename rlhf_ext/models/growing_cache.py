@@ -79,8 +79,8 @@ def cache_argument(model: nn.Module) -> str:
 
 def cache_of(output: Any, given: Any = None) -> Any:
     """The cache in a model's output, under either name; `given` where it has none and changed that in place."""
-    name = next((name for name in ("cache", "past_key_values") if name in vars(output)), None)
-    found = None if name is None else vars(output)[name]
+    fields = getattr(output, "__dict__", {})  # a tuple has none
+    found = fields.get("cache", fields.get("past_key_values"))
     return given if found is None else found
 
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..feedback.simulated import SimulatedLabeller
-from ..functional.clusters import grouped_standard_error
 from ..models.critics import critic_from_policy
 from ..models.generation import sample_completions
 from ..models.scoring import ModelReward, load_reward_model
@@ -29,7 +28,7 @@ from ..trainers.ppo_config import PPOConfig
 from ..trainers.ppo_trainer import PPOTrainer
 from ..trainers.reward_config import PreferenceRewardConfig
 from ..trainers.reward_trainer import PreferenceRewardTrainer
-from .quickstart_evaluation import evaluate, mean
+from .quickstart_evaluation import evaluate, gain_over, mean
 from .quickstart_report import print_table, write_report
 
 
@@ -100,18 +99,12 @@ def run_quickstart(output_dir: str, seed: int = 0, settings: QuickstartSettings 
 
     print("5/5 evaluation on held-out prompts", flush=True)
     after = evaluate(ppo, sft, tokenizer, test, settings.max_completion_length, seed)
-    gain = torch.tensor(after.gold) - torch.tensor(before.gold)
-    wins = (gain > 0).float() + 0.5 * (gain == 0).float()
-    margin = 1.96 * grouped_standard_error(gain.tolist(), group_size=1)
     metrics = {
         "seed": seed,
         "sft": before.metrics,
         "ppo": after.metrics,
         "gold_reward_max": GOLD_MAX,
-        "gap_closed": gain.mean().item() / (GOLD_MAX - before.metrics["gold_reward"]),
-        "gain": gain.mean().item(),
-        "gain_interval": [gain.mean().item() - margin, gain.mean().item() + margin],
-        "win_rate": wins.mean().item(),
+        **gain_over(before, after),
         "reward_accuracy": accuracy,
         "seconds": clock.total,
         "seconds_by_step": clock.laps,

@@ -1,11 +1,14 @@
 """Samples of a policy on the toy world's held-out prompts, and what gold says of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..functional.clusters import grouped_standard_error
 from ..models.generation import Samples, completion_logps, sample_completions
-from ..toyworld.gold import gold_scores
+from ..toyworld.gold import GOLD_MAX, gold_scores
 
 
 @dataclass
@@ -51,3 +54,15 @@ def evaluate(
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def gain_over(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """What PPO gained on the same prompts: share of the gap to the best gold, mean, its 95% interval, and win rate."""
+    gain = torch.tensor(after.gold) - torch.tensor(before.gold)
+    mean_gain, margin = gain.mean().item(), 1.96 * grouped_standard_error(gain.tolist(), group_size=1)
+    return {
+        "gap_closed": mean_gain / (GOLD_MAX - before.metrics["gold_reward"]),
+        "gain": mean_gain,
+        "gain_interval": [mean_gain - margin, mean_gain + margin],
+        "win_rate": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean().item(),
+    }

@@ -106,6 +106,7 @@ def test_a_cache_with_other_states_is_not_cut():
     assert _can_be_cut(cache)
     cache.layers[0] = type("Recurrent", (DynamicLayer,), {})()
     assert not _can_be_cut(cache) and not _can_be_cut(object())
+    assert cache_of((torch.zeros(1),), given=cache) is cache
 
 
 def test_a_generate_of_the_callers_own_is_put_back():
