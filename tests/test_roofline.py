@@ -1,5 +1,6 @@
 """What the benchmarks of speed are made of: counted products, timers, fitted exponents, the crossing of a target."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,9 +155,18 @@ def test_crossing_lies_straight_between_two_snapshots():
     assert learning.crossing(rows[:2], world, "wall") == {"reached": False, "seconds": 90.0, "episodes": 100}
 
 
+def test_the_setting_of_the_least_geometric_mean_is_taken():
+    program = {"name": "a", "grid": {"rate": [1, 2]}}
+    seconds = {(1, 100): 2.0, (1, 101): 20.0, (2, 100): 8.0, (2, 101): 7.0}  # means 11 and 7.5, geometric 6.3 and 7.5
+    runs = {("a", seed, json.dumps({"rate": rate})): {"seconds": s} for (rate, seed), s in seconds.items()}
+    runs["b", 100, json.dumps({"rate": 1})] = {"seconds": 0.1}
+    found = learning.fastest(program, runs)
+    assert found["setting"] == {"rate": 1} and found["seconds"][json.dumps({"rate": 1})] == [2.0, 20.0]
+
+
 def test_programs_have_grids_of_one_size(tmp_path):
     spec = learning.read_programs(learning.ROOT / "benchmarks" / "learning.yaml")
-    assert {len(learning.grid(program)) for program in spec["programs"]} == {4}
+    assert {len(learning.grid(program)) for program in spec["programs"]} == {6}
     text = (learning.ROOT / "benchmarks" / "learning.yaml").read_text()
     assert "grid: {learning_rate: [" in text
     uneven = tmp_path / "uneven.yaml"
