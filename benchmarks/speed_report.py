@@ -47,13 +47,16 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     covered = f"The interval covers the median with {median_interval([0.0] * pairs)[3]:.1%}. " if pairs else ""
     nf4 = ", W5 NF4 and bfloat16" if "W5" in found else ""
     columns = ["workload", "peer", "ours, s", "peer, s", "peer / ours", "goal", "reached"]
+    columns += ["ours, MiB", "peer, MiB", "ours / peer", "goal of memory", "memory reached"]
+    shown = [n for n in range(len(columns)) if any(row[n] is not None for row in rows)]  # variants have no goals
+    variants = ", variants" if all(WORKLOADS[name].like for name in found) else ""
     return {
-        "title": "One PPO iteration: time and memory",
+        "title": f"One PPO iteration: time and memory{variants}",
         "command": command,
         "commit": ", ".join(sorted({run["commit"] for numbers in found.values() for run in _runs(numbers)})),
         "seed": 0,
-        "columns": [*columns, "ours, MiB", "peer, MiB", "ours / peer", "goal of memory", "memory reached"],
-        "rows": rows,
+        "columns": [columns[n] for n in shown],
+        "rows": [[row[n] for n in shown] for row in rows],
         "notes": [f"Medians of {pairs} pairs of processes. {covered}{machine()['cpu']}, fp32{nf4}."],
         "settings": {name: numbers["settings"] for name, numbers in found.items()},
         "measured": {name: {key: numbers[key] for key in KEPT} for name, numbers in found.items()},
