@@ -29,7 +29,8 @@ class Enough(Exception):
 
 class Snapshots(TrainerCallback):
     """
-    Writes the policy every `every` updates; ends the run at the margin above the target, or at the last second.
+    Writes the policy every `every` updates; ends the run at the margin above the target, if there is one, or
+    at the last second.
 
     Args:
         job (`dict`): what `learning.py` asks for.
@@ -61,7 +62,8 @@ class Snapshots(TrainerCallback):
         row["gold"] = sum(recent) / len(recent)
         self.updates.append(row)
         save_file({n: p.detach().clone() for n, p in self.policy.named_parameters()}, self.file(row))
-        above = row["episodes"] >= WINDOW and row["gold"] > self.world["target"] + self.world["margin"]
+        margin = self.world["margin"]
+        above = margin is not None and row["episodes"] >= WINDOW and row["gold"] > self.world["target"] + margin
         if above or cpu > self.world["max_seconds"]:
             raise Enough
         self.zero = tuple(a + c - b for a, b, c in zip(self.zero, stopped, now(), strict=True))

@@ -1,5 +1,6 @@
 """What the benchmarks of speed are made of: counted products, timers, fitted exponents, the crossing of a target."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import floors  # noqa: E402
 import growth  # noqa: E402
 import learning  # noqa: E402
+import learning_clock  # noqa: E402
 from matmul_work import Product, Rates, Work, flops, phases, trunk  # noqa: E402
 from phase_timer import ROLLOUT_REST, PhaseTimer, logps_phase  # noqa: E402
 from ppo_shape import W1, make_policy  # noqa: E402
@@ -153,6 +155,30 @@ def test_crossing_lies_straight_between_two_snapshots():
     assert learning.crossing(rows, world, "wall") == {"reached": True, "seconds": 20.0, "episodes": 200}
     assert learning.crossing(rows, world, "cpu")["seconds"] == 10.0
     assert learning.crossing(rows[:2], world, "wall") == {"reached": False, "seconds": 90.0, "episodes": 100}
+
+
+def test_a_run_that_training_gold_ended_before_the_crossing_is_no_failure():
+    world = {"target": 0.6, "max_seconds": 90, "episodes": 640}
+
+    def updates(*golds, seconds=50, episodes=320):
+        return [{"held_out": gold, "cpu_seconds": seconds, "episodes": episodes} for gold in golds]
+
+    assert learning.ended_early(updates(0.2, 0.59), world)
+    assert not learning.ended_early(updates(0.2, 0.61, 0.5), world)
+    assert not learning.ended_early(updates(0.2, seconds=91), world)
+    assert not learning.ended_early(updates(0.2, episodes=640), world)
+
+
+@pytest.mark.parametrize(("margin", "ends"), [(0.0, True), (0.2, False), (None, False)])
+def test_snapshots_end_at_the_margin_if_there_is_one(tmp_path, margin, ends):
+    world = {"target": 0.6, "margin": margin, "max_seconds": 90, "snapshot_episodes": 64}
+    job = {"world": world, "setting": {"rollout_size": 128}, "folder": str(tmp_path)}
+    snapshots = learning_clock.Snapshots(job, torch.nn.Linear(1, 1), 1, lambda: [0.7] * 3)
+    snapshots.on_train_begin(None, None, None)
+    snapshots.on_step_end(None, None, None)  # 128 episodes: too few to tell
+    with pytest.raises(learning_clock.Enough) if ends else contextlib.nullcontext():
+        snapshots.on_step_end(None, None, None)
+    assert len(snapshots.updates) == 2
 
 
 def test_the_setting_of_the_least_geometric_mean_is_taken():
