@@ -142,7 +142,7 @@ def run(
 
 
 def ended_early(updates: list[dict[str, Any]], world: dict[str, Any]) -> bool:
-    """Whether the gold of training ended a run before held-out gold had crossed: it may just not have got there yet."""
+    """Whether the gold of training ended a run before held-out gold had crossed: it may not have got there yet."""
     last, crossed = updates[-1], any(row["held_out"] >= world["target"] for row in updates)
     return not crossed and last["cpu_seconds"] <= world["max_seconds"] and last["episodes"] < world["episodes"]
 
@@ -150,7 +150,7 @@ def ended_early(updates: list[dict[str, Any]], world: dict[str, Any]) -> bool:
 def train(
     job: dict[str, Any], margin: float | None, folder: Path, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Updates of one training, a process of its own, with held-out gold; without a margin it goes to the last second."""
+    """Updates of one training, a process of its own, with held-out gold; without a margin it goes to its limits."""
     import compare_arms  # TRL takes ten seconds: not for a call that has nothing to run
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -264,7 +264,8 @@ def result(
             f"{world['max_seconds']} s.",
             f"Settings: {settings} of each program, tuned on seeds {', '.join(map(str, spec['tuning_seeds']))}: "
             f"{settings * len(names[True])} of ours, {settings * len(names[False])} of the peers. Goal: {GOAL:g} "
-            f"times faster than the best peer; {ours}, the fastest of ours on the tuning seeds, is {_spread(ratio)} times.",
+            f"times faster than the best peer; {ours}, the fastest of ours on the tuning seeds, is {_spread(ratio)} "
+            "times.",
         ],
     }
 

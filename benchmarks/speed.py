@@ -41,7 +41,9 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="what each process found, one JSON a workload")
     parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), help="all, but W5 only with --model")
     parser.add_argument("--pairs", type=int, default=6, help="with fewer than 6 the interval covers less than 95%%")
-    parser.add_argument("--memory_pairs", type=int, default=1, help="peaks repeat to about 1%%")
+    parser.add_argument(
+        "--memory_pairs", type=int, default=1, help="peaks repeat to about 1%%; the table has the least and the most"
+    )
     parser.add_argument("--iterations", type=int, default=2, help="measured ones of each process")
     parser.add_argument("--model", help="folder of Gemma 3 270M, for W5")
     parser.add_argument("--environments", type=Path, help="where environments are built; OUTPUT_DIR/environments")

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 
 from rlhf_ext import PPOConfig, PPOTrainer
 from rlhf_ext.models.build import load_policy
+from rlhf_ext.models.live_sampling import only_live_rows
 from rlhf_ext.models.roles import base_of
 
 
@@ -120,7 +121,7 @@ def train(run: Run, *given: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def generate(run: Run, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """The rollout of one iteration with the base alone, as the trainer samples it."""
+    """The rollout of one iteration with the base alone, sampled as the trainer samples it."""
     policy = policy_of(run, folder).eval()
     tokenizer.padding_side = "left"
     meter = Meter(steps=1)
@@ -128,7 +129,8 @@ def generate(run: Run, folder: Path, tokenizer: Any) -> dict[str, Any]:
     rows = tokenizer(list(prompts_of(run, tokenizer)["prompt"])[: run.episodes], return_tensors="pt", padding=True)
     config = GenerationConfig(max_new_tokens=run.completion[1], do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    policy.generate(**rows, generation_config=config)
+    with only_live_rows(policy):
+        policy.generate(**rows, generation_config=config)
     return {"checksum": checksum(policy), "trained": 0, "optimizer": "none", **meter.result()}
 
 

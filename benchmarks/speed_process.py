@@ -17,6 +17,8 @@ PEER_PACKAGES = (["torch==2.13.0"], ["trl==1.12.0", "rich", "peft==0.21.2"])
 OUR_PACKAGES = (["torch==2.13.0"], ["-e", str(ROOT)])
 PROGRAMS = {"trl112": "speed_trl112.py"}
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+# Left to the library's defaults, whatever the shell says: seconds depend on how threads wait.
+THREAD_POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Quiet below; the machine's own services make about a tenth.
 QUIET_LOAD = 0.5
 
@@ -41,12 +43,13 @@ def measure(run: dict[str, Any], python: Path, *, returning: bool) -> dict[str, 
     variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     variables |= {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     variables |= {"OMP_NUM_THREADS": str(run["threads"]), **(ALLOCATOR if returning else {})}
+    given = {name: value for name, value in os.environ.items() if name not in THREAD_POLICY}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
-        given, output = Path(name) / "run.json", Path(name) / "output.json"
-        given.write_text(json.dumps(run))
+        settings, output = Path(name) / "run.json", Path(name) / "output.json"
+        settings.write_text(json.dumps(run))
         process = subprocess.run(
-            [python, program, given, output], env={**os.environ, **variables}, capture_output=True, text=True
+            [python, program, settings, output], env={**given, **variables}, capture_output=True, text=True
         )
         if process.returncode:
             raise SystemExit(
@@ -92,7 +95,7 @@ def commit_of_head() -> str:
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    return {"cpu": model, "cores": os.cpu_count(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default")}
+    return {"cpu": model, "cores": os.cpu_count()}
 
 
 def warn_unless_quiet() -> None:

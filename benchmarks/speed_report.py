@@ -44,6 +44,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     """One row per workload, with settings, versions and machine beside."""
     rows = [_row(name, numbers) for name, numbers in found.items()]
     pairs = max((len(numbers["time_ratios"]) for numbers in found.values()), default=0)
+    peaks = min(len(numbers["memory_ratios"]) for numbers in found.values())
     covered = f"The interval covers the median with {median_interval([0.0] * pairs)[3]:.1%}. " if pairs else ""
     nf4 = ", W5 NF4 and bfloat16" if "W5" in found else ""
     columns = ["workload", "peer", "ours, s", "peer, s", "peer / ours", "goal", "reached"]
@@ -57,7 +58,9 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
         "seed": 0,
         "columns": [columns[n] for n in shown],
         "rows": [[row[n] for n in shown] for row in rows],
-        "notes": [f"Medians of {pairs} pairs of processes. {covered}{machine()['cpu']}, fp32{nf4}."],
+        "notes": [
+            f"Seconds: medians of {pairs} pairs of processes; peaks: of {peaks}. {covered}{machine()['cpu']}, fp32{nf4}."
+        ],
         "settings": {name: numbers["settings"] for name, numbers in found.items()},
         "measured": {name: {key: numbers[key] for key in KEPT} for name, numbers in found.items()},
         "versions": {side: versions(places[side]) for side in ("ours", "trl112")},
@@ -78,9 +81,11 @@ def _row(name: str, numbers: dict[str, Any]) -> list[Any]:
         row += [f"{middle:.2f}x [{low:.2f}, {high:.2f}]", workload.time_goal, _reached(middle, workload.time_goal)]
     else:
         row += [None] * 5
-    ratio, goal = statistics.median(numbers["memory_ratios"]), workload.memory_goal
+    ratios, goal = sorted(numbers["memory_ratios"]), workload.memory_goal
+    ratio = statistics.median(ratios)
     row += [round(numbers["peak_bytes"][side]["median"] / MIB) for side in (ours, theirs)]
-    return [*row, round(ratio, 3), goal, _reached(-ratio, goal and -goal)]
+    spread = f" [{ratios[0]:.3f}, {ratios[-1]:.3f}]" if len(ratios) > 1 else ""
+    return [*row, f"{ratio:.3f}{spread}", goal, _reached(-ratio, goal and -goal)]
 
 
 def _reached(value: float, goal: float | None) -> bool | None:

@@ -62,8 +62,8 @@ class TrunkCache:
             Sequences that went through the lower layers, and that did not.
 
     Raises:
-        ValueError: something below trains or drops out, gradient checkpointing is reentrant, or there are not so many
-            layers.
+        ValueError: something below trains, drops out or (in 8 bits) depends on the other rows of a batch, gradient
+            checkpointing is reentrant, or there are not so many layers.
     """
 
     def __init__(
@@ -156,6 +156,12 @@ class TrunkCache:
         rates += [module.p for module in modules if isinstance(module, nn.Dropout)]
         if max(rates, default=0.0) > 0:
             raise ValueError("The layers to replay have dropout, so their output is never the same. Set it to 0.")
+        # bitsandbytes takes the columns where any row of the batch has an outlier out of an 8-bit product
+        if any(getattr(getattr(module, "state", None), "threshold", 0.0) for module in modules):
+            raise ValueError(
+                "The layers to replay are in 8 bits with outliers apart (`llm_int8_threshold`), so what they give for "
+                "one text depends on the other texts of its batch. Set the threshold to 0, or quantise to 4 bits."
+            )
         config = base.config.get_text_config()
         if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "output_router_logits", False):
             raise ValueError(

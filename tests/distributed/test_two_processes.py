@@ -12,6 +12,7 @@ from tests.distributed.launcher import agree, compare, launch, read, reload
 
 PINNED = ["ppo-lora", "ppo-lora-ckpt", "reward-full", "reward-full-lm"]
 RESTING = "ppo-lora-rest-adamw"  # the critic, in the second epoch; DeepSpeed refuses it
+UPPER = "ppo-lora-upper"  # the layers below the adapters run once per rollout; off where weights are in pieces
 SAMPLED = ["ppo-lora-sampled", "ppo-lora-sampled-stop"]
 KINDS = ["ddp", "zero3"]
 
@@ -21,9 +22,9 @@ def runs(tmp_path_factory):
     """Folder of what one process and two left, by kind of launch."""
     folder = tmp_path_factory.mktemp("runs")
     world = worker.build_world(folder / "world")
-    worker.main(["--world", str(world), "--output", str(folder / "one"), "--cases", *PINNED, RESTING])
+    worker.main(["--world", str(world), "--output", str(folder / "one"), "--cases", *PINNED, RESTING, UPPER])
     for kind in KINDS:
-        launch(kind, world, folder / kind, [*PINNED, RESTING, *SAMPLED] if kind == "ddp" else PINNED)
+        launch(kind, world, folder / kind, [*PINNED, RESTING, UPPER, *SAMPLED] if kind == "ddp" else PINNED)
     return folder
 
 
@@ -41,6 +42,13 @@ def test_a_resting_critic_stands_still(runs):
     apart = compare(read(runs / "one", RESTING), read(runs / "ddp", RESTING))
     assert apart["moved"] > 1e-3
     assert apart["weights"] < 1e-5
+
+
+def test_each_process_replays_its_share_of_the_frozen_layers(runs):
+    one, two = (read(runs / kind, UPPER) for kind in ("one", "ddp"))
+    assert one["replayed"] == 2 * two["replayed"] > 0
+    apart = compare(one, two)
+    assert apart["moved"] > 1e-2 and apart["gradients"] < 1e-6 and apart["weights"] < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

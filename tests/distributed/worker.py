@@ -106,8 +106,10 @@ def in_small_pieces(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def lora(**kwargs) -> LoraConfig:
-    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **kwargs)
+def lora(case: str = "", **kwargs) -> LoraConfig:
+    upper = {"layers_to_transform": [1], "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    places = upper if "upper" in case.split("-") else {"target_modules": "all-linear"}
+    return LoraConfig(r=4, init_lora_weights=False, **places, **kwargs)
 
 
 def quantization(case: str) -> BitsAndBytesConfig | None:
@@ -162,7 +164,8 @@ def build_ppo(case: str, world: Path, output: Path) -> PPOTrainer:
     }
     if "full" in case:
         return PPOTrainer(**shared, reward_funcs=str(world / "reward_full"))
-    return PPOTrainer(**shared, reward_adapter=str(world / "reward"), peft_config=lora(task_type="CAUSAL_LM"))
+    adapter = world / ("reward_upper" if "upper" in case.split("-") else "reward")
+    return PPOTrainer(**shared, reward_adapter=str(adapter), peft_config=lora(case, task_type="CAUSAL_LM"))
 
 
 def pin(trainer: PPOTrainer) -> None:
@@ -252,6 +255,7 @@ def run(case: str, world: Path, output: Path) -> None:
         "metrics": {k: v for k, v in trainer.state.log_history[0].items() if isinstance(v, float)},
     }
     if case.startswith("ppo"):
+        result["replayed"] = trainer.trunk.num_replayed if trainer.trunk is not None else None
         result |= spoken(trainer.model, reward_adapter="full" not in case)
         trainer.save_model(str(output / case / "saved"))
     torch.save(result, output / f"{case}.rank{trainer.accelerator.process_index}.pt")
@@ -285,16 +289,17 @@ def build_world(folder: Path) -> Path:
     base.save_pretrained(folder / "base")
     full = tiny_reward_model("llama", tokenizer, seed=1)
     full.save_pretrained(folder / "reward_full")
-    for name in ("base", "reward_full", "reward"):
+    for name in ("base", "reward_full", "reward", "reward_upper"):
         tokenizer.save_pretrained(folder / name)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    adapter = get_peft_model(classifier, lora(task_type="SEQ_CLS", modules_to_save=["score"]))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in adapter.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.normal_(std=0.3)
-    adapter.save_pretrained(folder / "reward")
+    for name, case in (("reward", ""), ("reward_upper", "upper")):
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+        adapter = get_peft_model(classifier, lora(case, task_type="SEQ_CLS", modules_to_save=["score"]))
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for parameter_name, parameter in adapter.named_parameters():
+                if "lora_B" in parameter_name or "modules_to_save" in parameter_name:
+                    parameter.normal_(std=0.3)
+        adapter.save_pretrained(folder / name)
     words = [*(f"w{i}" for i in range(24)), "good", "bad", "fine", "the", "cat", "sat"]
     generator = torch.Generator().manual_seed(0)
 

@@ -1,10 +1,13 @@
 """Replayed lower layers: the same outputs and gradients, and a refusal where they would not be."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 
-from rlhf_ext.models.build import without_dropout
+from rlhf_ext.models.build import load_policy, without_dropout
 from rlhf_ext.models.positions import count_positions_from_mask
 from rlhf_ext.models.scoring import pool_by_attention_mask
 from rlhf_ext.models.trunk_cache import TrunkCache, num_frozen_layers
@@ -117,6 +120,17 @@ def test_what_changes_below_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         TrunkCache(model, 2)
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_8_bit_layers_with_outliers_apart_read_their_neighbours(tmp_path, threshold):
+    """bitsandbytes takes a column out of the product where any row of the batch has an outlier."""
+    tiny_causal_lm("llama", tiny_tokenizer(), hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    model = load_policy(str(tmp_path), dtype=torch.float32, quantization_config=config)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="8 bits.*llm_int8_threshold") if threshold else nullcontext():
+        TrunkCache(model, 1).prove()
 
 
 def test_checkpointing_computes_a_replayed_layer_no_second_time():

@@ -6,19 +6,22 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from transformers import FalconConfig, FalconForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from rlhf_ext.functional.batching import split_by_length
-from rlhf_ext.models import fused_blocks, fused_lora
-from rlhf_ext.trainers import ppo_trunk
+from rlhf_ext.models import fused_blocks, fused_head, fused_lora
+from rlhf_ext.models.build import load_policy
+from rlhf_ext.trainers import ppo_trainer, ppo_trunk
 from rlhf_ext.trainers.ppo_batches import balance
 from tests.tiny import tiny_causal_lm, tiny_reward_model, tiny_tokenizer
+from tests.trainers.test_ppo_quantised import QUANTISED
 from tests.trainers.test_ppo_roles import PROMPTS, build, rollout
 
 
-UPPER = {"llama": "layers", "gpt2": "h", "gemma3": "layers"}
+UPPER = {"llama": "layers", "gpt2": "h", "gemma3": "layers", "nf4": "layers"}
+SIZES = {"nf4": {"hidden_size": 64, "intermediate_size": 128}}
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
@@ -34,6 +37,10 @@ def upper_lora(kind, **kwargs):
     )
 
 
+def family(kind):
+    return "llama" if kind == "nf4" else kind
+
+
 @pytest.fixture(scope="module")
 def reward_adapters(tmp_path_factory):
     """A reward adapter on the top layer of each kind of base, and the base."""
@@ -42,7 +49,7 @@ def reward_adapters(tmp_path_factory):
     folders = {}
     for kind in UPPER:
         folder = tmp_path_factory.mktemp(kind)
-        model = tiny_reward_model(kind, tiny_tokenizer(), seed=0)
+        model = tiny_reward_model(family(kind), tiny_tokenizer(), seed=0, **SIZES.get(kind, {}))
         torch.manual_seed(5)
         config = upper_lora(kind, modules_to_save=["score"], init_lora_weights=False)
         config.task_type = "SEQ_CLS"
@@ -53,11 +60,15 @@ def reward_adapters(tmp_path_factory):
 
 
 def trained(tmp_path, kind, reward_adapters, seed=0, resume=None, **config):
+    policy = tiny_causal_lm(family(kind), tiny_tokenizer(), **SIZES.get(kind, {}))
+    if kind == "nf4":
+        policy.save_pretrained(tmp_path / "base")
+        policy = load_policy(str(tmp_path / "base"), dtype=torch.float32, quantization_config=QUANTISED[kind]())
     torch.manual_seed(seed)
     trainer = build(
         tmp_path,
-        tiny_causal_lm(kind, tiny_tokenizer()),
-        kind=kind,
+        policy,
+        kind=family(kind),
         peft_config=upper_lora(kind),
         reward_adapter=reward_adapters[kind],
         config={"num_iterations": 2, "max_steps": 4, "eval_strategy": "no", **config},
@@ -65,6 +76,17 @@ def trained(tmp_path, kind, reward_adapters, seed=0, resume=None, **config):
     trainer.train(resume_from_checkpoint=resume)
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return trainer, weights
+
+
+def check_same_training(found, expected):
+    """Two runs, each a trainer and its weights."""
+    assert expected[1] and found[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    for one, other in zip(found[0].state.log_history, expected[0].state.log_history, strict=True):
+        for key in ("loss", "kl", "policy/ratio", "value_loss", "scores/mean", "entropy", "grad_norm"):
+            if key in other:
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
 @pytest.mark.parametrize("kind", UPPER)
@@ -76,40 +98,55 @@ def test_training_over_replayed_layers_is_training(tmp_path, kind, reward_adapte
     found, replayed = trained(tmp_path, kind, reward_adapters, **config)
     assert found.trunk.num_computed == 8 * 2, "each text of the two rollouts once"
     assert found.trunk.num_replayed == 8 * 2 * (3 + 2 * 2), "three more passes of the rollout, two of each epoch"
-    for name in weights:
-        torch.testing.assert_close(replayed[name], weights[name], rtol=1e-5, atol=1e-6, msg=name)
-    for one, other in zip(found.state.log_history, plain.state.log_history, strict=True):
-        for key in ("loss", "kl", "policy/ratio", "value_loss", "scores/mean", "grad_norm"):
-            if key in other:
-                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+    check_same_training((found, replayed), (plain, weights))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("part", ["adapters", "blocks"])
-def test_training_with_fused_modules_is_training(tmp_path, monkeypatch, reward_adapters, part, checkpointing):
+@pytest.mark.parametrize("part, kind", [("adapters", "llama"), ("adapters", "nf4"), ("blocks", "llama")])
+def test_training_with_fused_modules_is_training(tmp_path, monkeypatch, reward_adapters, part, kind, checkpointing):
+    update = fused_lora._Beside if kind == "nf4" else fused_lora._Update
     forms, name = {
-        "adapters": ([fused_lora._Update], "fuse_lora_updates"),
+        "adapters": ([update], "fuse_lora_updates"),
         "blocks": ([fused_blocks._Norm, fused_blocks._Gate], "fuse_blocks"),
     }[part]
     calls = []
     for form in forms:
         monkeypatch.setattr(form, "apply", lambda *args, f=form, apply=form.apply: calls.append(f) or apply(*args))
     config = {"trunk_cache_gib": 0, "gradient_checkpointing": checkpointing}
-    fused, found = trained(tmp_path, "llama", reward_adapters, **config)
-    kinds = {"adapters": LoraLinear, "blocks": (LlamaRMSNorm, LlamaMLP)}[part]
+    fused, found = trained(tmp_path, kind, reward_adapters, **config)
+    kinds = {"adapters": LoraLayer, "blocks": (LlamaRMSNorm, LlamaMLP)}[part]
     layers = [module for module in fused.model.modules() if isinstance(module, kinds)]
     assert layers and all("forward" in vars(layer) for layer in layers), "those of every role"
     assert set(calls) == set(forms)
     monkeypatch.setattr(ppo_trunk, name, lambda model: 0)
     calls.clear()
-    stock, expected = trained(tmp_path, "llama", reward_adapters, **config)
+    stock, expected = trained(tmp_path, kind, reward_adapters, **config)
     assert not calls
-    for weight in expected:
-        torch.testing.assert_close(found[weight], expected[weight], rtol=1e-5, atol=1e-6, msg=weight)
-    for one, other in zip(fused.state.log_history, stock.state.log_history, strict=True):
-        for key in ("loss", "kl", "value_loss", "grad_norm"):
-            if key in other:
-                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+    check_same_training((fused, found), (stock, expected))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_training_with_the_tiled_head_is_training(tmp_path, monkeypatch, reward_adapters, full):
+    """The head is frozen under adapters, and trains without."""
+
+    def run():
+        if not full:
+            return trained(tmp_path, "llama", reward_adapters, trunk_cache_gib=0)
+        config = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3}
+        trainer = build(tmp_path, reward_funcs=tiny_reward_model("llama", tiny_tokenizer()), config=config)
+        trainer.train()
+        return trainer, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    tiles = []
+    token_logps = fused_head.token_logps
+    monkeypatch.setattr(fused_head, "token_logps", lambda *a, **kw: tiles.append(1) or token_logps(*a, **kw))
+    tiled = run()
+    assert tiles
+    tiles.clear()
+    monkeypatch.setattr(ppo_trainer, "tile_fused_head", lambda *args, **kwargs: None)
+    stock = run()
+    assert not tiles
+    check_same_training(tiled, stock)
 
 
 def test_an_evaluation_leaves_no_texts_and_takes_none_away(tmp_path, reward_adapters):
