@@ -59,7 +59,8 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
         "columns": [columns[n] for n in shown],
         "rows": [[row[n] for n in shown] for row in rows],
         "notes": [
-            f"Seconds: medians of {pairs} pairs of processes; peaks: of {peaks}. {covered}{machine()['cpu']}, fp32{nf4}."
+            f"Seconds: medians of {pairs} pairs of processes; peaks: of {peaks}, with the least and the most. "
+            f"{covered}{machine()['cpu']}, fp32{nf4}."
         ],
         "settings": {name: numbers["settings"] for name, numbers in found.items()},
         "measured": {name: {key: numbers[key] for key in KEPT} for name, numbers in found.items()},
