@@ -154,6 +154,17 @@ def verdict(fit: tuple[float, float, float], of_work: float) -> str:
     return "slower" if fit[2] < of_work else "within its interval"
 
 
+def last_step(points: dict[int, list[dict[str, Any]]], work: dict[int, float]) -> str:
+    """Growth of the seconds between the last two points over that of the work, which one line for all points may hide:
+    the median of the repeats, with the least and the most."""
+    before, after = list(work)[-2:]
+    seconds = [
+        second["seconds"] / first["seconds"] for first, second in zip(points[before], points[after], strict=True)
+    ]
+    ratios = sorted(ratio * work[before] / work[after] for ratio in seconds)
+    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+
+
 def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments: argparse.Namespace) -> dict[str, Any]:
     """What `benchmarks/results.py` renders: per axis medians, exponents, and whether they are those of the work."""
     rows = []
@@ -166,6 +177,7 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
             medians = [statistics.median(f[key] for f in repeats) / unit for repeats in points[axis].values()]
             row += [", ".join(f"{value:.3g}" for value in medians), f"{fit[0]:.2f} [{fit[1]:.2f}, {fit[2]:.2f}]"]
             row.append(verdict(fit, of_work))
+        row.insert(5, last_step(points[axis], work))
         rows.append(row)
     return {
         "title": "Growth of one PPO iteration: exponents of time and memory beside the exponent of the counted work",
@@ -179,6 +191,7 @@ def result(points: dict[str, Any], axes: dict[str, dict[int, Shape]], arguments:
             "seconds",
             "exponent of the time",
             "against the work",
+            "last step, time over work",
             "peak, MiB",
             "exponent of the memory",
             "against the work",

@@ -148,6 +148,12 @@ def test_exponent_of_a_power_and_its_interval():
     assert growth.verdict((1.0, 0.9, 1.05), 1.1) == "slower" and growth.verdict((1.3, 1.2, 1.4), 1.1) == "FASTER"
 
 
+def test_the_last_step_is_held_against_the_work_of_its_own():
+    points = {n: [{"seconds": s * n} for s in (1.0, 2.0, 4.0)] for n in (1, 2)}
+    points[4] = [{"seconds": s} for s in (6.0, 8.0, 20.0)]  # 3, 2 and 2.5 times those of 2
+    assert growth.last_step(points, {1: 1.0, 2: 3.0, 4: 6.0}) == "1.25 [1.00, 1.50]"
+
+
 def test_crossing_lies_straight_between_two_snapshots():
     world = {"target": 0.6, "max_seconds": 90}
     golds = [(0, 0.2), (10, 0.5), (30, 0.7), (40, 0.5)]
