@@ -184,7 +184,9 @@ def decode_workspace(shape: RunShape) -> int:
 
 def trunk_bytes(shape: RunShape, model: nn.Module) -> int:
     """Outputs of the frozen lower layers of a whole rollout, as far as the limit lets them be kept."""
-    if num_frozen_layers(model) == 0 or shape.sharding in ("zero2", "zero3", "fsdp2"):
+    config = shape.quantization
+    reads_neighbours = config is not None and config.load_in_8bit and config.llm_int8_threshold > 0
+    if num_frozen_layers(model) == 0 or reads_neighbours or shape.sharding in ("zero2", "zero3", "fsdp2"):
         return 0
     limit = int((DEFAULT_GIB if shape.trunk_cache_gib is None else shape.trunk_cache_gib) * 2**30)
     tokens = shape.rollout * (shape.prompt_length + shape.completion_length)

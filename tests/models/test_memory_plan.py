@@ -223,6 +223,9 @@ def test_the_trunk_cache_by_hand():
         shape(device="cpu"),
         shape(device="cuda", **upper),
         shape(device="cpu", trunk_cache_gib=0.0, **upper),
+        shape(device="cpu", quantization=BitsAndBytesConfig(load_in_8bit=True), **upper),
     ):
         assert "trunk cache" not in plan_memory(other).parts
+    without_outliers = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    assert "trunk cache" in plan_memory(shape(device="cpu", quantization=without_outliers, **upper)).parts
     assert "trunk cache" in REMEDIES
