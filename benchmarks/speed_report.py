@@ -44,7 +44,8 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
     """One row per workload, with settings, versions and machine beside."""
     rows = [_row(name, numbers) for name, numbers in found.items()]
     pairs = max((len(numbers["time_ratios"]) for numbers in found.values()), default=0)
-    peaks = min(len(numbers["memory_ratios"]) for numbers in found.values())
+    peaks = sorted({len(numbers["memory_ratios"]) for numbers in found.values()})
+    of_peaks = " to ".join(str(count) for count in dict.fromkeys((peaks[0], peaks[-1])))
     covered = f"The interval covers the median with {median_interval([0.0] * pairs)[3]:.1%}. " if pairs else ""
     nf4 = ", W5 NF4 and bfloat16" if "W5" in found else ""
     columns = ["workload", "peer", "ours, s", "peer, s", "peer / ours", "goal", "reached"]
@@ -59,7 +60,7 @@ def result(found: dict[str, Any], command: str, places: dict[str, Path]) -> dict
         "columns": [columns[n] for n in shown],
         "rows": [[row[n] for n in shown] for row in rows],
         "notes": [
-            f"Seconds: medians of {pairs} pairs of processes; peaks: of {peaks}, with the least and the most. "
+            f"Seconds: medians of {pairs} pairs of processes; peaks: of {of_peaks}, with the least and the most. "
             f"{covered}{machine()['cpu']}, fp32{nf4}."
         ],
         "settings": {name: numbers["settings"] for name, numbers in found.items()},
