@@ -158,10 +158,8 @@ def last_step(points: dict[int, list[dict[str, Any]]], work: dict[int, float]) -
     """Growth of the seconds between the last two points over that of the work, which one line for all points may hide:
     the median of the repeats, with the least and the most."""
     before, after = list(work)[-2:]
-    seconds = [
-        second["seconds"] / first["seconds"] for first, second in zip(points[before], points[after], strict=True)
-    ]
-    ratios = sorted(ratio * work[before] / work[after] for ratio in seconds)
+    pairs = zip(points[before], points[after], strict=True)
+    ratios = sorted(b["seconds"] / a["seconds"] * work[before] / work[after] for a, b in pairs)
     return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
 
 

@@ -134,9 +134,9 @@ def run(
             path.with_suffix(".aside").write_text(json.dumps(found, indent=1) + "\n")
             path.with_suffix(".aside").rename(path)
             reached = crossing(updates, spec["world"], arguments.clock)
-            said = (
-                f"{reached['seconds']:.1f} s, {reached['episodes']} episodes" if reached["reached"] else "not reached"
-            )
+            said = "not reached"
+            if reached["reached"]:
+                said = f"{reached['seconds']:.1f} s, {reached['episodes']} episodes"
             print(f"{program['name']} {setting}, seed {seed}: {said}", flush=True)
     return {**found, **crossing(found["updates"], spec["world"], arguments.clock)}
 

@@ -65,3 +65,14 @@ def grouped_standard_error(values: Sequence[float], group_size: int) -> float:
     if len(means) == 1:
         return math.nan
     return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))
+
+
+def grouped_mean_interval(values: Sequence[float], group_size: int = 1) -> tuple[float, float, float]:
+    """Mean and its 95% interval, mean -+ 1.96 [`grouped_standard_error`]: for values that are no credits in [0, 1].
+
+    Raises:
+        ValueError: As [`grouped_standard_error`].
+    """
+    margin = 1.96 * grouped_standard_error(values, group_size)
+    center = math.fsum(values) / len(values)
+    return center, center - margin, center + margin

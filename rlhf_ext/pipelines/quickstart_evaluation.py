@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..functional.clusters import grouped_standard_error
+from ..functional.clusters import grouped_mean_interval
+from ..functional.pairs import paired_wins, win_rate
 from ..models.generation import Samples, completion_logps, sample_completions
 from ..toyworld.gold import GOLD_MAX, gold_scores
 
@@ -58,11 +59,11 @@ def mean(values: list[float]) -> float:
 
 def gain_over(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """What PPO gained on the same prompts: share of the gap to the best gold, mean, its 95% interval, and win rate."""
-    gain = torch.tensor(after.gold) - torch.tensor(before.gold)
-    mean_gain, margin = gain.mean().item(), 1.96 * grouped_standard_error(gain.tolist(), group_size=1)
+    golds, baseline = torch.tensor(after.gold), torch.tensor(before.gold)
+    gain, low, high = grouped_mean_interval((golds - baseline).tolist())
     return {
-        "gap_closed": mean_gain / (GOLD_MAX - before.metrics["gold_reward"]),
-        "gain": mean_gain,
-        "gain_interval": [mean_gain - margin, mean_gain + margin],
-        "win_rate": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean().item(),
+        "gap_closed": gain / (GOLD_MAX - before.metrics["gold_reward"]),
+        "gain": gain,
+        "gain_interval": [low, high],
+        "win_rate": win_rate(paired_wins(golds, baseline))["win_rate"],
     }

@@ -4,7 +4,12 @@ import math
 
 import pytest
 
-from rlhf_ext.functional.clusters import effective_trials, grouped_interval, grouped_standard_error
+from rlhf_ext.functional.clusters import (
+    effective_trials,
+    grouped_interval,
+    grouped_mean_interval,
+    grouped_standard_error,
+)
 from rlhf_ext.functional.intervals import wilson_interval
 
 
@@ -63,3 +68,10 @@ def test_standard_error_over_groups_by_hand():
     assert math.isnan(grouped_standard_error([1.0, 2.0], 2))
     with pytest.raises(ValueError, match="3 `values` are no groups of 2"):
         grouped_standard_error([1.0, 2.0, 3.0], 2)
+
+
+def test_mean_and_interval_by_hand():
+    # Mean 2, sd 1 of three values, standard error 1 / sqrt(3)
+    assert grouped_mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 1.96 / 3**0.5, 2 + 1.96 / 3**0.5))
+    # The groups of the test above, shifted: mean 1, standard error 1
+    assert grouped_mean_interval([-1.0, 1.0, 2.0, 2.0], 2) == pytest.approx((1.0, -0.96, 2.96))

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ext.pipelines import quickstart
 from rlhf_ext.pipelines.quickstart import quick, run_quickstart
+from rlhf_ext.pipelines.quickstart_evaluation import Evaluation, gain_over
 
 
 POLICY_KEYS = {
@@ -45,6 +46,16 @@ def test_metrics_are_written_and_finite(run):
         assert all(math.isfinite(value) for value in metrics[name].values())
     assert metrics["seed"] == 3
     assert metrics["sft"]["kl"] == 0.0
+
+
+def test_the_gain_by_hand():
+    """Gains .5, 0, -.25 and .75 over a mean of .25 of at most 1; a tie is half a win."""
+    before = Evaluation(None, [0.0, 0.25, 0.5, 0.25], {"gold_reward": 0.25})
+    found = gain_over(before, Evaluation(None, [0.5, 0.25, 0.25, 1.0], {}))
+    assert found["gain"] == 0.25 and found["win_rate"] == 2.5 / 4
+    assert found["gap_closed"] == pytest.approx(0.25 / 0.75)
+    error = ((0.25**2 * 2 + 0.5**2 * 2) / 3 / 4) ** 0.5
+    assert found["gain_interval"] == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error])
 
 
 def test_the_report_needs_no_other_file(run):
